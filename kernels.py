@@ -1,0 +1,643 @@
+"""The two operators under a Mamba block, on any machine: the selective scan and the causal depthwise convolution.
+
+    selective_scan,  selective_scan_step      h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t,   y_t = C_t h_t + D u_t
+    causal_conv1d,   causal_conv1d_step       y_t = bias + sum_w weight_w x_(t - (W-1-w) dilation)
+
+Each comes three times: an oracle (a loop over time: read it first), a fast form in plain torch, and Triton kernels. The
+device picks one; `KERNELS=torch|triton|oracle` in the environment forces one. State goes in and comes out, with exact
+gradients through both ends, and `reset` starts a new document inside a row. At the end of the file stand wrappers with
+the signatures and the (B, D, L) layouts of mamba_ssm and causal_conv1d.
+
+Letters, in shapes and in code:
+    b  batch         l  time (t one position, T positions of a chunk)      d  channel
+    n  state index   w  taps of the convolution                            h  the state, (b, d, n)
+"(2a)" and the like are equations of the Mamba paper, Gu and Dao 2023, arXiv 2312.00752.
+"""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 16  # positions between two kept states; the backward pass recomputes the states in between
+TILE = 16384  # (b, n, d) elements a chunk works on at once, so that its temporaries stay in a core's cache
+
+
+def _state_dtype(u):
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------- the definition
+
+def selective_scan_oracle(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+                          initial_state=None, reset=None, return_last_state=False):
+    """The selective scan by its definition, one position after the other: `selective_scan` must equal it."""
+    f = _state_dtype(u)
+    dt = delta.to(f) if delta_bias is None else delta.to(f) + delta_bias.to(f)  # (b, l, d)
+    dt = F.softplus(dt) if delta_softplus else dt
+    A, B, C, u_f = A.to(f), B.to(f), C.to(f), u.to(f)
+    b, _, d, n = *u.shape, A.shape[1]
+    h = u_f.new_zeros(b, d, n) if initial_state is None else initial_state.to(f)
+    ys = []
+    # unbind, not x[:, t]: the gradient of every x[:, t] would be a zero tensor as long as x
+    for t, (dt_t, u_t, B_t, C_t) in enumerate(zip(*(x.unbind(1) for x in (dt, u_f, B, C)))):
+        if reset is not None:
+            h = h.masked_fill(reset[:, t, None, None], 0)
+        dA = torch.exp(dt_t[:, :, None] * A)  # (b, d, n)  (4), zero-order hold
+        dBu = (dt_t * u_t)[:, :, None] * B_t[:, None, :]  # (b, d, n)  (4) to first order in dt, as Mamba does
+        h = dA * h + dBu  # (2a)
+        ys.append((h * C_t[:, None, :]).sum(-1))  # (b, d)  (2b)
+    y = torch.stack(ys, 1)
+    y = y if D is None else y + D.to(f) * u_f
+    y = y if z is None else y * F.silu(z.to(f))
+    return (y.to(u.dtype), h) if return_last_state else y.to(u.dtype)
+
+
+def causal_conv1d_oracle(x, weight, bias=None, activation=None, initial_state=None, reset=None,
+                         return_final_state=False, dilation=1):
+    """The causal depthwise convolution by its definition: `causal_conv1d` must equal it."""
+    f = _state_dtype(x)
+    (b, l, d), W = x.shape, weight.shape[1]
+    span = (W - 1) * dilation
+    state = x.new_zeros(b, span, d) if initial_state is None else initial_state.to(x.dtype)
+    reset = torch.zeros(b, l, dtype=torch.bool, device=x.device) if reset is None else reset
+    rows = [*state.unbind(1), *x.unbind(1)]  # span + l rows (b, d)
+    document = [*[reset.new_zeros(b, 1, dtype=torch.long)] * span, *reset.cumsum(1)[..., None].unbind(1)]  # (b, 1)
+    ys = []
+    for t in range(l):
+        y = torch.zeros(b, d, dtype=f, device=x.device) if bias is None else bias.to(f).expand(b, d)
+        for w, weight_w in enumerate(weight.to(f).unbind(1)):
+            s = t + w * dilation  # the row that tap w sees from position t
+            same = document[s] == document[span + t]
+            y = y + weight_w * rows[s].to(f).masked_fill(~same, 0)
+        ys.append(F.silu(y) if activation else y)
+    y = torch.stack(ys, 1).to(x.dtype)
+    tail = [rows[s].masked_fill(document[s] != document[-1], 0) for s in range(l, l + span)]
+    final = torch.stack(tail, 1) if tail else state  # (b, 0, d)
+    return (y, final) if return_final_state else y
+
+
+# ---------------------------------------------------------------- the scan in plain torch
+#
+# The state is kept as (b, n, d), channels innermost, so that every product runs along contiguous channels. Time goes in
+# chunks of T positions; a chunk's decays and states, (T, b, n, d) for one tile of batch and channels, are the only
+# tensors with both l and n in their shape. Within a chunk tensors are time-major, so that position t is contiguous.
+
+def _tiles(b, n, d):
+    """Slices of the batch and of the channels that cut (b, n, d) into tiles of about TILE elements."""
+    step_d = min(d, max(64, TILE // n))
+    step_b = max(1, TILE // (n * step_d))
+    return [(slice(i, i + step_b), slice(j, j + step_d)) for i in range(0, b, step_b) for j in range(0, d, step_d)]
+
+
+def _part(x, f, *index):
+    """x[index], (b, T, ...), time-major in dtype f: (T, b, ...)."""
+    return None if x is None else x[index].transpose(0, 1).to(f)
+
+
+def _states(u, delta, A2, B, delta_bias, delta_softplus, reset, h, a, x):
+    """Fill a with the decays and x with the states after each position, both (T, b, n, d), from the state h before them.
+
+    A2 is A log2(e). Returns dt and delta + bias, (T, b, d)."""
+    raw = delta if delta_bias is None else delta + delta_bias
+    dt = F.softplus(raw) if delta_softplus else raw
+    torch.mul(dt[:, :, None], A2, out=a).exp2_()  # (4); exp2 costs half of exp on a CPU
+    torch.mul((dt * u)[:, :, None], B[..., None], out=x)
+    if reset is not None and reset.any():
+        a.masked_fill_(reset[:, :, None, None], 0)
+        for a_t, x_t, reset_t in zip(a.unbind(0), x.unbind(0), reset.unbind(0)):
+            h = x_t.addcmul_(a_t, h.masked_fill(reset_t[:, None, None], 0))  # 0 * inf would be nan
+    else:
+        for a_t, x_t in zip(a.unbind(0), x.unbind(0)):
+            h = x_t.addcmul_(a_t, h)  # (2a)
+    return dt, raw
+
+
+def _sum_n(weight, x):
+    """sum_n weight (T, b, n) x (T, b, n, d) -> (T, b, d)"""
+    return torch.bmm(weight.flatten(0, 1)[:, None], x.flatten(0, 1)).view(*x.shape[:2], -1)
+
+
+def _sum_d(weight, x):
+    """sum_d weight (T, b, d) x (T, b, n, d) -> (T, b, n)"""
+    return torch.bmm(x.flatten(0, 1), weight.flatten(0, 1)[..., None]).view(x.shape[:3])
+
+
+def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
+    f = _state_dtype(u)
+    (b, l, d), n = u.shape, A.shape[1]
+    y = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
+    last = torch.zeros(b, n, d, dtype=f, device=u.device)
+    if initial_state is not None:
+        last.copy_(initial_state.transpose(1, 2))
+    checkpoints = last.new_empty(math.ceil(l / CHUNK) if save else 0, b, n, d)
+    A2 = (A.t().to(f) / math.log(2)).contiguous()  # (n, d)
+    D, delta_bias = (None if x is None else x.to(f) for x in (D, delta_bias))
+    for rows, ch in _tiles(b, n, d):
+        h = last[rows, :, ch]
+        a_all, x_all = (h.new_empty(min(l, CHUNK), *h.shape) for _ in range(2))
+        for i in range(0, l, CHUNK):
+            t = slice(i, i + CHUNK)
+            if save:
+                checkpoints[i // CHUNK, rows, :, ch] = h
+            u_t, delta_t, z_t = (_part(x, f, rows, t, ch) for x in (u, delta, z))  # (T, b, d)
+            B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
+            a, x = a_all[: len(u_t)], x_all[: len(u_t)]
+            bias = None if delta_bias is None else delta_bias[ch]
+            _states(u_t, delta_t, A2[:, ch], B_t, bias, delta_softplus, reset_t, h, a, x)
+            out = _sum_n(C_t, x)  # (2b)
+            out = out if D is None else out.addcmul_(D[ch], u_t)
+            out = out if z is None else out.mul_(F.silu(z_t))
+            y[rows, t, ch] = out.transpose(0, 1)
+            h = x[-1].clone()
+        last[rows, :, ch] = h
+    return y, last.transpose(1, 2), checkpoints
+
+
+def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, checkpoints):
+    """With g_t the gradient of h_t:  g_t = C_t dy_t + a_(t+1) g_(t+1),  a_t = exp(dt_t A), everything else follows from
+
+        dC_t = sum_d h_t dy_t    dB_t = sum_d g_t dt_t u_t    du_t = dt_t sum_n g_t B_t + D dy_t
+        d(dt_t) = u_t sum_n g_t B_t + sum_n x_t A    dA = sum_t x_t dt_t    with x_t = g_t a_t h_(t-1)
+    """
+    f = _state_dtype(u)
+    (b, l, d), n = u.shape, A.shape[1]
+    new = checkpoints.new_zeros
+    du, ddelta = torch.empty_like(u, memory_format=torch.contiguous_format), delta.new_empty(b, l, d)
+    dz = None if z is None else z.new_empty(b, l, d)
+    dA, dB, dC = new(n, d), new(b, l, n), new(b, l, n)
+    dD, dbias = new(0 if D is None else d), new(0 if delta_bias is None else d)
+    g_last = new(b, n, d) if dlast is None else dlast.transpose(1, 2).to(f, copy=True).contiguous()
+    A_t = A.t().to(f).contiguous()  # (n, d)
+    A2 = A_t / math.log(2)
+    D, delta_bias = (None if x is None else x.to(f) for x in (D, delta_bias))
+    for rows, ch in _tiles(b, n, d):
+        g_next = g_last[rows, :, ch]  # the gradient that reaches the chunk's last state from the right
+        a_all, x_all, g_all = (g_next.new_empty(min(l, CHUNK), *g_next.shape) for _ in range(3))
+        for i in reversed(range(0, l, CHUNK)):
+            t = slice(i, i + CHUNK)
+            u_t, delta_t, z_t, dy_t = (_part(x, f, rows, t, ch) for x in (u, delta, z, dy))  # (T, b, d)
+            B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
+            a, x, g = a_all[: len(u_t)], x_all[: len(u_t)], g_all[: len(u_t)]
+            bias = None if delta_bias is None else delta_bias[ch]
+            h = checkpoints[i // CHUNK, rows, :, ch]
+            dt, raw = _states(u_t, delta_t, A2[:, ch], B_t, bias, delta_softplus, reset_t, h, a, x)
+            dy_t = torch.zeros_like(u_t) if dy_t is None else dy_t
+            if z is not None:
+                out = _sum_n(C_t, x)
+                out = out if D is None else out.addcmul_(D[ch], u_t)
+                dz[rows, t, ch] = torch.ops.aten.silu_backward(dy_t * out, z_t).transpose(0, 1).to(z.dtype)
+                dy_t = dy_t * F.silu(z_t)
+            dC[rows, t] += _sum_d(dy_t, x).transpose(0, 1)
+            torch.mul(dy_t[:, :, None], C_t[..., None], out=g)
+            g[-1].add_(g_next)
+            for g_t, g_t1, a_t1 in reversed(list(zip(g[:-1].unbind(0), g[1:].unbind(0), a[1:].unbind(0)))):
+                g_t.addcmul_(a_t1, g_t1)
+            dB[rows, t] += _sum_d(dt * u_t, g).transpose(0, 1)
+            q = _sum_n(B_t, g)  # (T, b, d)
+            a.mul_(g)
+            g_next = a[0].clone()
+            a[1:].mul_(x[:-1])
+            a[0].mul_(h)  # a is x_t of the formulas now
+            dA_tile = dA[:, ch]
+            for x_t, dt_t in zip(a.unbind(0), dt.unbind(0)):
+                dA_tile.add_((x_t * dt_t[:, None]).sum(0))
+            ddt = torch.sum(a.mul_(A_t[:, ch]), 2).addcmul_(q, u_t)
+            ddt = torch.ops.aten.softplus_backward(ddt, raw, 1, 20) if delta_softplus else ddt
+            ddelta[rows, t, ch] = ddt.transpose(0, 1).to(delta.dtype)
+            du_t = q.mul_(dt)
+            if D is not None:
+                du_t.addcmul_(D[ch], dy_t)
+                dD[ch] += (dy_t * u_t).sum((0, 1))
+            du[rows, t, ch] = du_t.transpose(0, 1).to(u.dtype)
+            if delta_bias is not None:
+                dbias[ch] += ddt.sum((0, 1))
+        g_last[rows, :, ch] = g_next
+    return du, ddelta, dA.t(), dB, dC, dD, dz, dbias, g_last.transpose(1, 2)
+
+
+# ---------------------------------------------------------------- the convolution in plain torch
+
+def _taps(x, W, dilation, initial_state, reset):
+    """The rows that the taps read, (b, span + l, d), and the masks (b, l, 1) of those in the same document as the position
+    that reads them, one mask a tap, and (b, span, 1) for the rows that become the final state."""
+    b, l, d = x.shape
+    span = (W - 1) * dilation
+    state = x.new_zeros(b, span, d) if initial_state is None else initial_state.to(x.dtype)
+    rows = torch.cat([state, x], 1)
+    if reset is None:
+        return rows, [None] * W, None
+    document = F.pad(reset.cumsum(1), (span, 0))[..., None]  # the state belongs to document 0
+    same = [document[:, w * dilation : w * dilation + l] == document[:, span:] for w in range(W)]
+    return rows, same, document[:, l:] == document[:, -1:]
+
+
+def _where(mask, x):
+    return x if mask is None else x.masked_fill(~mask, 0)
+
+
+def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
+    f, l = _state_dtype(x), x.shape[1]
+    rows, same, tail = _taps(x, weight.shape[1], dilation, initial_state, reset)
+    y = torch.zeros(x.shape, dtype=f, device=x.device)
+    y = y if bias is None else y.add_(bias)
+    for w, weight_w in enumerate(weight.to(f).unbind(1)):
+        y.addcmul_(_where(same[w], rows[:, w * dilation : w * dilation + l]).to(f), weight_w)
+    return (F.silu(y) if silu else y).to(x.dtype), _where(tail, rows[:, l:]).clone()
+
+
+def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
+    f, (b, l, d), W = _state_dtype(x), x.shape, weight.shape[1]
+    rows, same, tail = _taps(x, W, dilation, initial_state, reset)
+    span, rows, weight_f = rows.shape[1] - l, rows.to(f), weight.to(f)
+    dy = rows.new_zeros(b, l, d) if dy is None else dy.to(f)
+    if silu:
+        y = rows.new_zeros(b, l, d) if bias is None else bias.to(f).expand(b, l, d).clone()
+        for w in range(W):
+            y.addcmul_(_where(same[w], rows[:, w * dilation : w * dilation + l]), weight_f[:, w])
+        dy = torch.ops.aten.silu_backward(dy, y)
+    drows, dweight = torch.zeros_like(rows), torch.empty_like(weight_f)
+    if dfinal is not None:
+        drows[:, l:] += _where(tail, dfinal.to(f))
+    for w in range(W):
+        seen = slice(w * dilation, w * dilation + l)
+        dy_w = _where(same[w], dy)
+        drows[:, seen].addcmul_(dy_w, weight_f[:, w])
+        dweight[:, w] = (dy_w * rows[:, seen]).sum((0, 1))
+    dbias = rows.new_zeros(0) if bias is None else dy.sum((0, 1))
+    return drows[:, span:].clone(), dweight, dbias, drows[:, :span].clone()
+
+
+# ---------------------------------------------------------------- operators: what autograd and torch.compile see
+
+IMPLEMENTATIONS = {"torch": (_scan_fwd_torch, _scan_bwd_torch, _conv_fwd_torch, _conv_bwd_torch)}
+
+
+def _backend(device):
+    """"torch", "triton" or "oracle": the environment's KERNELS, or what suits the device."""
+    forced = os.environ.get("KERNELS")
+    if forced and forced not in ("torch", "triton", "oracle"):
+        raise ValueError(f"KERNELS={forced}: choose torch, triton or oracle")
+    if forced == "triton" and "triton" not in IMPLEMENTATIONS:
+        raise RuntimeError("KERNELS=triton, but Triton is not installed: pip install triton, or unset KERNELS")
+    return forced or ("triton" if device.type == "cuda" and "triton" in IMPLEMENTATIONS else "torch")
+
+
+def _fill(grads, inputs):
+    """One gradient for each input, contiguous and in its dtype; an empty tensor for an input that is absent."""
+    return tuple(torch.empty(0, device=inputs[0].device) if x is None else g.to(x.dtype).contiguous()
+                 for g, x in zip(grads, inputs))
+
+
+def _drop(grads, inputs):
+    """The reverse for autograd: None for an input that is absent."""
+    return [None if x is None else g for g, x in zip(grads, inputs)]
+
+
+def _double_backward(forward, inputs, douts, cotangents):
+    """The gradients with respect to douts and inputs of  sum_i <cotangent_i, d <douts, forward(inputs)> / d input_i>:
+    the definition, differentiated twice."""
+    def fresh(x):  # a node of its own, so that only paths inside `forward` count
+        return x if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs, douts = [fresh(x) for x in inputs], [fresh(x) for x in douts]
+        ys, dys = zip(*((y, dy) for y, dy in zip(forward(*inputs), douts) if dy is not None))
+        xs, vs = zip(*((x, v) for x, v in zip(inputs, cotangents) if x is not None))
+        first = torch.autograd.grad(ys, xs, dys, create_graph=True, allow_unused=True)
+        firsts, vs = zip(*((g, v) for g, v in zip(first, vs) if g is not None))
+        wanted = [x for x in (*douts, *inputs) if x is not None]
+        second = iter(torch.autograd.grad(firsts, wanted, vs, create_graph=create_graph, allow_unused=True))
+    return [None if x is None else next(second) for x in (*douts, *inputs)]
+
+
+@torch.library.custom_op("hybrid::scan_fwd", mutates_args=())
+def scan_fwd(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reset: Tensor | None, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and with `save` the states that scan_bwd starts from, one every CHUNK positions."""
+    run = IMPLEMENTATIONS[_backend(u.device)][0]
+    return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save)
+
+
+@torch.library.custom_op("hybrid::scan_bwd", mutates_args=())
+def scan_bwd(
+    dy: Tensor | None, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
+    reset: Tensor | None, checkpoints: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; an empty tensor for an absent one."""
+    run = IMPLEMENTATIONS[_backend(u.device)][1]
+    grads = run(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, checkpoints)
+    return _fill(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
+
+
+@scan_fwd.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
+    (b, l, d), n, f = u.shape, A.shape[1], _state_dtype(u)
+    last = u.new_empty(b, n, d, dtype=f).transpose(1, 2)
+    return u.new_empty(b, l, d), last, u.new_empty((l + CHUNK - 1) // CHUNK if save else 0, b, n, d, dtype=f)
+
+
+@scan_bwd.register_fake
+def _(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, checkpoints):
+    return _fill_fake(u, delta, A, B, C, D, z, delta_bias, initial_state)
+
+
+def _fill_fake(*inputs):
+    return tuple(torch.empty(0, device=inputs[0].device) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+def _scan_fwd_setup(ctx, inputs, output):
+    u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial_state, reset, _ = inputs
+    ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, reset, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _scan_fwd_grad(ctx, dy, dlast, _):
+    *inputs, initial_state, reset, checkpoints = ctx.saved_tensors
+    grads = scan_bwd(dy, dlast, *inputs, ctx.delta_softplus, initial_state, reset, checkpoints)
+    *grads, dinitial = _drop(grads, (*inputs, initial_state))
+    return *grads, None, dinitial, None, None
+
+
+def _scan_bwd_setup(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, initial_state, reset, _ = inputs
+    ctx.save_for_backward(*tensors, initial_state, reset)
+
+
+def _scan_bwd_grad(ctx, *cotangents):
+    dy, dlast, *inputs, reset = ctx.saved_tensors
+    if _backend(inputs[0].device) == "triton":
+        raise RuntimeError("selective_scan: no second derivatives through the Triton kernels; set KERNELS=torch")
+
+    def forward(*inputs):
+        return selective_scan_oracle(*inputs[:8], ctx.delta_softplus, inputs[8], reset, return_last_state=True)
+
+    *grads, dinitial = _double_backward(forward, inputs, (dy, dlast), cotangents)
+    return *grads, None, dinitial, None, None
+
+
+scan_fwd.register_autograd(_scan_fwd_grad, setup_context=_scan_fwd_setup)
+scan_bwd.register_autograd(_scan_bwd_grad, setup_context=_scan_bwd_setup)
+
+
+@torch.library.custom_op("hybrid::conv_fwd", mutates_args=())
+def conv_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, reset: Tensor | None,
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    """y and the final state."""
+    return IMPLEMENTATIONS[_backend(x.device)][2](x, weight, bias, silu, initial_state, reset, dilation)
+
+
+@torch.library.custom_op("hybrid::conv_bwd", mutates_args=())
+def conv_bwd(
+    dy: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,
+    initial_state: Tensor | None, reset: Tensor | None, dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and initial_state; an empty tensor for an absent one."""
+    run = IMPLEMENTATIONS[_backend(x.device)][3]
+    grads = run(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation)
+    return _fill(grads, (x, weight, bias, initial_state))
+
+
+@conv_fwd.register_fake
+def _(x, weight, bias, silu, initial_state, reset, dilation):
+    b, _, d = x.shape
+    return x.new_empty(x.shape), x.new_empty(b, (weight.shape[1] - 1) * dilation, d)
+
+
+@conv_bwd.register_fake
+def _(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
+    return _fill_fake(x, weight, bias, initial_state)
+
+
+def _conv_fwd_setup(ctx, inputs, output):
+    x, weight, bias, ctx.silu, initial_state, reset, ctx.dilation = inputs
+    ctx.save_for_backward(x, weight, bias, initial_state, reset)
+    ctx.set_materialize_grads(False)
+
+
+def _conv_fwd_grad(ctx, dy, dfinal):
+    x, weight, bias, initial_state, reset = ctx.saved_tensors
+    grads = conv_bwd(dy, dfinal, x, weight, bias, ctx.silu, initial_state, reset, ctx.dilation)
+    dx, dweight, dbias, dinitial = _drop(grads, (x, weight, bias, initial_state))
+    return dx, dweight, dbias, None, dinitial, None, None
+
+
+def _conv_bwd_setup(ctx, inputs, output):
+    dy, dfinal, x, weight, bias, ctx.silu, initial_state, reset, ctx.dilation = inputs
+    ctx.save_for_backward(dy, dfinal, x, weight, bias, initial_state, reset)
+
+
+def _conv_bwd_grad(ctx, *cotangents):
+    dy, dfinal, *inputs, reset = ctx.saved_tensors
+    if _backend(inputs[0].device) == "triton":
+        raise RuntimeError("causal_conv1d: no second derivatives through the Triton kernels; set KERNELS=torch")
+
+    def forward(x, weight, bias, initial_state):
+        activation = "silu" if ctx.silu else None
+        return causal_conv1d_oracle(x, weight, bias, activation, initial_state, reset, True, ctx.dilation)
+
+    *grads, dinitial = _double_backward(forward, inputs, (dy, dfinal), cotangents)
+    return *grads, None, dinitial, None, None
+
+
+conv_fwd.register_autograd(_conv_fwd_grad, setup_context=_conv_fwd_setup)
+conv_bwd.register_autograd(_conv_bwd_grad, setup_context=_conv_bwd_setup)
+
+
+# ---------------------------------------------------------------- the public functions
+
+def _expect(function, **shapes):
+    """Raise a one-line error unless each (tensor, shape) agrees; None stands for an absent tensor."""
+    for name, (x, letters, shape) in shapes.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{function}: {name} has shape {tuple(x.shape)}, expected ({letters}) = {tuple(shape)}")
+
+
+def _silu(function, activation):
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"{function}: activation {activation!r} is unknown, choose None, 'silu' or 'swish'")
+    return activation is not None
+
+
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, initial_state=None,
+                   reset=None, return_last_state=False):
+    """Mamba's selective scan (Algorithm 2 and equation (2a, 2b) of arXiv 2312.00752), channels last.
+
+    u, delta, z: (b, l, d), float32, bfloat16, float16 or float64; A: (d, n), negative; B, C: (b, l, n); D, delta_bias: (d,).
+    delta_softplus: the step is softplus(delta + delta_bias). z gates: y silu(z). initial_state: (b, d, n), zero if absent.
+    reset: (b, l) bool, the state is zeroed before every position where it is true.
+    Returns y (b, l, d) in u's dtype, with return_last_state also the state (b, d, n) in float32 (float64 for float64 u).
+    Differentiable in every floating-point argument, and through both states. ValueError for a shape that does not fit."""
+    if u.dim() != 3 or A.dim() != 2 or 0 in u.shape:
+        raise ValueError(f"selective_scan: u {tuple(u.shape)} must be (b, l, d), not empty, and A {tuple(A.shape)} (d, n)")
+    (b, l, d), n = u.shape, A.shape[1]
+    _expect("selective_scan", delta=(delta, "b, l, d", (b, l, d)), z=(z, "b, l, d", (b, l, d)), A=(A, "d, n", (d, n)),
+            B=(B, "b, l, n", (b, l, n)), C=(C, "b, l, n", (b, l, n)), D=(D, "d", (d,)), reset=(reset, "b, l", (b, l)),
+            delta_bias=(delta_bias, "d", (d,)), initial_state=(initial_state, "b, d, n", (b, d, n)))
+    args = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
+    if _backend(u.device) == "oracle":
+        return selective_scan_oracle(*args, return_last_state)
+    save = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    y, last, _ = scan_fwd(*args, save)
+    return (y, last) if return_last_state else y
+
+
+def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, reset=None, return_final_state=False,
+                  dilation=1):
+    """Causal depthwise convolution, channels last: y_t = bias + sum_w weight_w x_(t - (W-1-w) dilation), then activation.
+
+    x: (b, l, d); weight: (d, W); bias: (d,); activation: None or "silu" ("swish"). initial_state: (b, (W-1) dilation, d),
+    the inputs before x, oldest first, zero if absent. reset: (b, l) bool, a position where it is true and all after it see
+    nothing from before it. Returns y (b, l, d) in x's dtype, with return_final_state also the next call's initial_state.
+    Differentiable in every floating-point argument, and through both states. ValueError for a shape that does not fit."""
+    silu = _silu("causal_conv1d", activation)
+    if x.dim() != 3 or weight.dim() != 2 or 0 in x.shape or 0 in weight.shape or dilation < 1:
+        raise ValueError(f"causal_conv1d: x {tuple(x.shape)} must be (b, l, d) and weight {tuple(weight.shape)} (d, W), "
+                         f"not empty, dilation {dilation} at least 1")
+    (b, l, d), W = x.shape, weight.shape[1]
+    span = (W - 1) * dilation
+    _expect("causal_conv1d", weight=(weight, "d, W", (d, W)), bias=(bias, "d", (d,)), reset=(reset, "b, l", (b, l)),
+            initial_state=(initial_state, "b, (W-1) dilation, d", (b, span, d)))
+    if _backend(x.device) == "oracle":
+        return causal_conv1d_oracle(x, weight, bias, activation, initial_state, reset, return_final_state, dilation)
+    y, final = conv_fwd(x, weight, bias, silu, initial_state, reset, dilation)
+    return (y, final) if return_final_state else y
+
+
+def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, reset=None):
+    """One position of selective_scan: state (b, d, n) is updated in place; u, delta, z: (b, d); B, C: (b, n); reset: (b,)
+    bool. Returns y (b, d). For decoding: few calls, no synchronisation, can be captured in a CUDA graph."""
+    f, dtype = state.dtype, u.dtype
+    u, delta, B, C = u.to(f), delta.to(f), B.to(f), C.to(f)
+    dt = delta if delta_bias is None else delta + delta_bias
+    dt = F.softplus(dt) if delta_softplus else dt
+    if reset is not None:
+        state.masked_fill_(reset[:, None, None], 0)
+    state.mul_(torch.exp(dt[:, :, None] * A)).addcmul_((dt * u)[:, :, None], B[:, None, :])  # (2a)
+    y = torch.bmm(state, C[:, :, None])[..., 0]  # (2b)
+    y = y if D is None else y.addcmul_(D, u)
+    y = y if z is None else y.mul_(F.silu(z.to(f)))
+    return y.to(dtype)
+
+
+def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None, dilation=1):
+    """One position of causal_conv1d: state (b, (W-1) dilation, d) is updated in place; x: (b, d); reset: (b,) bool.
+    Returns y (b, d)."""
+    if reset is not None:
+        state.masked_fill_(reset[:, None, None], 0)
+    rows = torch.cat([state, x[:, None]], 1)  # (b, span + 1, d)
+    state.copy_(rows[:, 1:])
+    f = _state_dtype(x)
+    y = (rows[:, ::dilation].to(f) * weight.t()).sum(1)
+    y = y if bias is None else y + bias
+    return (F.silu(y) if _silu("causal_conv1d_step", activation) else y).to(x.dtype)
+
+
+# ---------------------------------------------------------------- drop-in: mamba_ssm's and causal_conv1d's own signatures
+
+def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+    """mamba_ssm.ops.selective_scan_interface.selective_scan_fn. u, delta, z: (b, d, l); A: (d, n), real; B, C: (d, n),
+    (b, n, l) or (b, groups, n, l); D, delta_bias: (d,). Returns (b, d, l), and the last state (b, d, n), differentiable here."""
+    if A.is_complex():
+        raise NotImplementedError("selective_scan_fn: complex A is not supported, only real")
+    (b, d, l), n = u.shape, A.shape[1]
+
+    def per_channel(x):  # a B or C that differs by channel, (b, l, d, n): none of the fast forms, so one group a channel
+        return x[None, :, :, None].expand(b, d, n, l) if x.dim() == 2 else x[:, None] if x.dim() == 3 else x
+
+    B, C = per_channel(B), per_channel(C)  # (b, groups, n, l)
+    groups = max(B.shape[1], C.shape[1])
+    ys, states = [], []
+    for g in range(groups):
+        c = slice(g * d // groups, (g + 1) * d // groups)
+        part = [None if x is None else x[:, c].transpose(1, 2) for x in (u, delta, z)]
+        B_g, C_g = (x[:, g * x.shape[1] // groups].transpose(1, 2) for x in (B, C))
+        D_g, bias_g = (None if x is None else x[c] for x in (D, delta_bias))
+        y, h = selective_scan(part[0], part[1], A[c], B_g, C_g, D_g, part[2], bias_g, delta_softplus, return_last_state=True)
+        ys.append(y.transpose(1, 2))
+        states.append(h)
+    y, h = torch.cat(ys, 1), torch.cat(states, 1)
+    return (y, h) if return_last_state else y
+
+
+def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
+                     final_states_out=None, activation=None):
+    """causal_conv1d.causal_conv1d_fn. x: (b, d, l); weight: (d, W); bias: (d,); seq_idx: (b, l), equal within a sequence,
+    -1 for padding, whose output is 0; initial_states, final_states_out: (b, d, W-1). Returns (b, d, l)."""
+    reset = None
+    if seq_idx is not None:
+        reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    state = None if initial_states is None else initial_states.transpose(1, 2)
+    y, final = causal_conv1d(x.transpose(1, 2), weight, bias, activation, state, reset, return_final_state=True)
+    y, final = y.transpose(1, 2), final.transpose(1, 2)
+    if seq_idx is not None:
+        y = y.masked_fill((seq_idx < 0)[:, None], 0)
+    if final_states_out is not None:
+        final = final_states_out.copy_(final)
+    return (y, final) if return_final_states else y
+
+
+def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None):
+    """causal_conv1d.causal_conv1d_update. x: (b, d) or (b, d, l); conv_state: (b, d, k >= W-1), newest last, updated in place;
+    cache_seqlens: (b,), conv_state is a ring and x goes in at that position; conv_state_indices: (b,), the rows of a larger
+    conv_state, negative ones are skipped and return 0. Returns y in x's shape."""
+    xs = x[..., None] if x.dim() == 2 else x
+    l, k, span = xs.shape[-1], conv_state.shape[-1], weight.shape[1] - 1
+    index = None if conv_state_indices is None else conv_state_indices.long()
+    state = conv_state if index is None else conv_state[index.clamp(min=0)]
+    if cache_seqlens is None:
+        past = state[..., k - span :]
+        new = torch.cat([state, xs.to(state.dtype)], -1)[..., -k:] if k else state
+    else:
+        at = cache_seqlens.long()[:, None, None]
+        ring = lambda i: ((i.to(x.device) + at) % k).expand(-1, xs.shape[1], -1)  # noqa: E731
+        past = state.gather(2, ring(torch.arange(-span, 0)))
+        new = state.scatter(2, ring(torch.arange(l)), xs.to(state.dtype))
+    y = causal_conv1d(xs.transpose(1, 2), weight, bias, activation, past.transpose(1, 2).to(x.dtype)).transpose(1, 2)
+    if index is None:
+        conv_state.copy_(new)
+    else:
+        live = index >= 0
+        conv_state[index[live]] = new[live]
+        y = y * live[:, None, None]
+    return y[..., 0] if x.dim() == 2 else y
+
+
+def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False,
+                           state_batch_indices=None):
+    """mamba_ssm.ops.triton.selective_state_update.selective_state_update, one position. state: (b, d, n) or (b, h, d, n), in
+    place; x, dt, z: (b, d) or (b, h, d); A: (d, n) or (h, d, n); B, C: (b, n) or (b, groups, n); D, dt_bias: (d,) or (h, d);
+    state_batch_indices: (b,), the rows of a larger state. Returns y in x's shape."""
+    rows = state if state_batch_indices is None else state[state_batch_indices.long()]
+    B, C = (m[:, None] if m.dim() == 2 else m for m in (B, C))
+    heads = rows.shape[1] if rows.dim() == 4 else 1
+    flat = lambda m, i: m if m is None or rows.dim() == 3 else m.flatten(i, i + 1)  # noqa: E731
+    h = flat(rows, 1).to(_state_dtype(x))  # (b, heads d, n)
+    x_, dt_, z_ = flat(x, 1), flat(dt, 1), flat(z, 1)
+    A_, D_, bias_ = flat(A, 0), flat(D, 0), flat(dt_bias, 0)
+    groups = B.shape[1]
+    size = h.shape[1] // groups
+    ys = []
+    hs = []
+    for g in range(groups):
+        c = slice(g * size, (g + 1) * size)
+        pick = lambda m, c=c: None if m is None else m[:, c]  # noqa: E731
+        h_g = h[:, c].clone()
+        ys.append(selective_scan_step(h_g, x_[:, c], dt_[:, c], A_[c], B[:, g], C[:, g], None if D_ is None else D_[c],
+                                      pick(z_), None if bias_ is None else bias_[c], dt_softplus))
+        hs.append(h_g)
+    new = torch.cat(hs, 1).view(rows.shape).to(state.dtype)
+    if state_batch_indices is None:
+        state.copy_(new)
+    else:
+        state[state_batch_indices.long()] = new
+    assert heads
+    return torch.cat(ys, 1).view(x.shape)

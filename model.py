@@ -1,0 +1,702 @@
+"""
+A language model whose every layer is attention, Mamba or a probabilistic fractal, at a width of its own.
+
+    idx (B, T) -> wte (+ wpe) -> Block 0 -> ... -> Block n-1 -> ln_f -> lm_head -> logits (B, T, V)
+
+B batch, T time, C width of the layer at hand, V vocabulary, nh heads, hs head size, W attention window.
+
+Every mixer maps (x, state, reset) -> (y, state): x (B, T, C); state is what the past leaves behind, None where the
+stream starts here; reset (B, T) is true where a new document starts, and nothing before such a position is seen from
+there on. The whole sequence, any split of it with the state carried, and one token at a time give the same numbers
+and the same gradients. The model never detaches a state: the training loop does.
+"""
+
+import functools
+import math
+import random
+from typing import Annotated, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
+
+Mixer = Literal["standard", "mamba", "fractal"]
+Range = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class GPTConfig(BaseModel):
+    """The model's keys. A per-layer key holds a list with one entry a layer, or one value for all layers;
+    validation expands each to a list, draws the fractal modules and fills in what is null."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    vocab_size: PositiveInt | None = Field(None, description="rows of the embedding table; null: the tokenizer's")
+    block_size: PositiveInt = Field(128, description="tokens of one training block")
+    n_layer: PositiveInt | None = Field(None, description="number of layers; null: the length of the lists below")
+    n_embd: PositiveInt | list[PositiveInt] = Field(128, description="width of each layer")
+    n_head: PositiveInt | list[PositiveInt | None] | None = Field(None, description="heads a layer; null: width // 64")
+    attention_type: Mixer | list[Mixer] = Field("standard", description="mixer of each layer")
+    ffn_mult: float | list[float] = Field(4.0, description="feed-forward width / layer width; 0: no feed-forward")
+    window: PositiveInt | None = Field(None, description="positions an attention query sees; null: block_size")
+    position: Literal["rope", "learned"] = Field("rope", description="rotary positions, or GPT-2's learned table")
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before each mixer and FFN")
+    norm_eps: float = Field(1e-5, gt=0, description="added to the variance in every norm")
+    bias: bool = Field(False, description="biases in attention, feed-forward and layer norms")
+    activation: Literal["relu2", "gelu_tanh", "silu"] = Field("relu2", description="feed-forward activation")
+    dropout: Probability = Field(0.0, description="dropout of embeddings, attention and residual branches")
+    tie_weights: bool | None = Field(None, description="lm_head = wte; null: where first and last width agree")
+    skip_connections: bool = Field(False, description="learned path from each layer to its mirror of equal width")
+    d_state: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Mamba: state size N of each channel")
+    d_conv: PositiveInt = Field(4, description="Mamba: taps of the causal convolution")
+    expand: PositiveInt = Field(2, description="Mamba: inner width / layer width")
+    dt_rank: PositiveInt | None = Field(None, description="Mamba: rank of the step sizes; null: ceil(width / 16)")
+    fractal_count: PositiveInt = Field(4, description="fractal modules in a fractal layer")
+    fractal_depth_range: Range = Field([1, 3], description="lowest and highest depth of a module, at most 5")
+    fractal_dim_range: Range = Field([32, 64], description="lowest and highest width of a module, in steps of 8")
+    fractal_kernel: PositiveInt = Field(4, description="taps of each unit's causal convolution")
+    fractal_drop: Probability = Field(0.05, description="training: a join takes a single branch with this probability")
+    fractal_level_drop: Probability = Field(0.1, description="training: a module is cut to fewer levels with it")
+    fractal_seed: int = Field(1337, description="seed of the depths and widths drawn for each module")
+    fractal_depths: list[list[int]] | None = Field(None, description="depth of each module of each layer; null: drawn")
+    fractal_dims: list[list[int]] | None = Field(None, description="width of each module of each layer; null: drawn")
+
+    @model_validator(mode="after")
+    def _resolve(self):
+        mistakes = []
+        per_layer = ("n_embd", "n_head", "attention_type", "ffn_mult")
+        lengths = {key: len(getattr(self, key)) for key in per_layer if isinstance(getattr(self, key), list)}
+        if self.n_layer is not None:
+            lengths["n_layer"] = self.n_layer
+        n_layer = next(iter(lengths.values()), 4)
+        if len(set(lengths.values())) > 1:
+            described = ", ".join(f"{key} gives {n} layers" for key, n in lengths.items())
+            raise ValueError(f"{described}: make them equal, or give one value for all layers")
+        if n_layer == 0:
+            raise ValueError(f"{next(iter(lengths))}: an empty list; give one entry for each layer")
+        self.n_layer = n_layer
+        for key in per_layer:
+            if not isinstance(getattr(self, key), list):
+                setattr(self, key, [getattr(self, key)] * n_layer)
+        self.n_head = [max(1, C // 64) if nh is None else nh for nh, C in zip(self.n_head, self.n_embd)]
+        self.window = self.window or self.block_size
+        for i, (kind, C, nh, mult) in enumerate(zip(self.attention_type, self.n_embd, self.n_head, self.ffn_mult)):
+            if kind == "standard" and C % nh:
+                mistakes.append(f"n_head: {nh} heads do not divide the width {C} of layer {i}; change n_head or n_embd")
+            elif kind == "standard" and self.position == "rope" and (C // nh) % 2:
+                mistakes.append(f"n_head: heads of layer {i} are {C // nh} wide; rotary positions need an even width")
+            if mult < 0 or (mult and int(mult * C) < 1):
+                mistakes.append(f"ffn_mult: {mult} at layer {i}; 0 or at least 1 / width is allowed")
+        if self.tie_weights and self.n_embd[0] != self.n_embd[-1]:
+            mistakes.append(f"tie_weights: true, but the first width is {self.n_embd[0]}, the last {self.n_embd[-1]}")
+        if self.tie_weights is None:
+            self.tie_weights = self.n_embd[0] == self.n_embd[-1]
+        if self.position == "learned" and self.window < self.block_size:
+            mistakes.append(f"window: {self.window} with learned positions; it must be block_size = {self.block_size}")
+        mistakes += self._draw_fractals()
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    def _draw_fractals(self) -> list[str]:
+        """Depths C and widths H of every module, from fractal_seed alone; lists that are given stay as they are."""
+        (a, b), (lo, hi) = self.fractal_depth_range, self.fractal_dim_range
+        if a > b:
+            return [f"fractal_depth_range: [{a}, {b}] is empty; the first must not exceed the second"]
+        if b > 5:
+            return [f"fractal_depth_range: depth {b} is refused, at most 5: a module of depth C and width H costs "
+                    "(2^C - 1)(H^2 + w H) multiply-adds a token"]
+        if -(-lo // 8) > hi // 8:
+            return [f"fractal_dim_range: [{lo}, {hi}] holds no multiple of 8"]
+        if (self.fractal_depths is None) != (self.fractal_dims is None):
+            return ["fractal_depths: give it together with fractal_dims, or neither"]
+        if self.fractal_depths is not None:
+            shapes = [[len(row) for row in rows] for rows in (self.fractal_depths, self.fractal_dims)]
+            if shapes[0] != shapes[1] or len(shapes[0]) != self.n_layer:
+                return [f"fractal_depths: one list a layer ({self.n_layer}), each as long as its list in fractal_dims"]
+            if any(not 1 <= C <= 5 for row in self.fractal_depths for C in row) or \
+               any(H < 1 for row in self.fractal_dims for H in row):
+                return ["fractal_depths: depths are 1 to 5 and fractal_dims at least 1"]
+            empty = [i for i, row in enumerate(self.fractal_depths) if not row and self.attention_type[i] == "fractal"]
+            return [f"fractal_depths: fractal layer {i} has no module" for i in empty]
+        self.fractal_depths, self.fractal_dims = [], []
+        for layer, kind in enumerate(self.attention_type):
+            rng = random.Random(self.fractal_seed * 1000003 + layer)
+            drawn = [(rng.randint(a, b), 8 * rng.randint(-(-lo // 8), hi // 8))
+                     for _ in range(self.fractal_count if kind == "fractal" else 0)]
+            self.fractal_depths.append([C for C, _ in drawn])
+            self.fractal_dims.append([H for _, H in drawn])
+        return []
+
+
+def make_norm(config: GPTConfig, C: int) -> nn.Module:
+    if config.norm == "layernorm":
+        return nn.LayerNorm(C, eps=config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(C, eps=config.norm_eps)
+
+
+def map_state(f, state):
+    """Apply f to every tensor of a nested state of dicts, lists and tuples; None, the start of a stream, stays."""
+    if isinstance(state, dict):
+        return {key: map_state(f, value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map_state(f, value) for value in state)
+    return None if state is None else f(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+def rotary_table(S: int, hs: int, dtype: torch.dtype, device: torch.device):
+    """cos and sin (S, hs / 2) of RoFormer's rotations (arXiv 2104.09864), base 10000, positions 0 .. S-1."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    frequency = 10000.0 ** (-torch.arange(0, hs, 2, dtype=wide, device=device) / hs)
+    angle = torch.outer(torch.arange(S, dtype=wide, device=device), frequency)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+cached_rotary_table = functools.lru_cache(maxsize=16)(rotary_table)  # decoding asks for the same one at every token
+
+
+def rotate(x, cos, sin):
+    """x (B, nh, S, hs), cos and sin (S, hs / 2) -> x with its two halves rotated as pairs"""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention over the last `window` positions of the stream.
+
+    State: unrotated keys and values of the last W-1 positions, (B, nh, W-1, hs) each, and valid (B, W-1), false for
+    slots that are empty or lie before the last reset. Rotations use positions local to the call."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C = config.n_embd[layer]
+        self.n_head = config.n_head[layer]
+        self.window = config.window
+        self.rope = config.position == "rope"
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+
+    def initial_state(self, B, device, dtype):
+        C, W = self.c_proj.weight.shape[0], self.window
+        kv = torch.zeros(2, B, self.n_head, W - 1, C // self.n_head, device=device, dtype=dtype)
+        return kv[0].clone(), kv[1].clone(), torch.zeros(B, W - 1, device=device, dtype=torch.bool)
+
+    def forward(self, x, state, reset):
+        B, T, C = x.shape
+        W, carried = self.window, self.window - 1
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        plain = state is None and reset is None and T <= W  # the causal triangle alone is the mask
+        document = torch.zeros(B, T, dtype=torch.int, device=x.device) if reset is None else reset.cumsum(1)
+        valid = torch.ones_like(document, dtype=torch.bool)
+        if state is not None:
+            past_k, past_v, past_valid = state
+            k = torch.cat((past_k.to(k.dtype), k), dim=2)  # (B, nh, S, hs), S = W-1 + T
+            v = torch.cat((past_v.to(v.dtype), v), dim=2)
+            valid = torch.cat((past_valid, valid), dim=1)  # (B, S)
+            document = F.pad(document, (carried, 0))
+        S = k.shape[2]
+        new_k, new_v, new_valid = k, v, valid & (document == document[:, -1:])
+        if S < carried:
+            new_k, new_v = (F.pad(t, (0, 0, carried - S, 0)) for t in (k, v))
+            new_valid = F.pad(new_valid, (carried - S, 0))
+        new_state = tuple(t.narrow(-2, t.shape[-2] - carried, carried) for t in (new_k, new_v))
+        new_state += (new_valid[:, new_valid.shape[1] - carried:],)
+
+        if self.rope:
+            table = rotary_table if torch.compiler.is_compiling() else cached_rotary_table
+            cos, sin = table(S, C // self.n_head, x.dtype, x.device)
+            q, k = rotate(q, cos[S - T:], sin[S - T:]), rotate(k, cos, sin)
+        mask = None
+        if not plain:
+            behind = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)  # (T, S)
+            mask = ((behind >= 0) & (behind < W)) & (document[:, S - T:, None] == document[:, None]) & valid[:, None]
+            mask = mask[:, None]  # (B, 1, T, S)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), new_state
+
+
+def attend(q, k, v, mask, dropout):
+    """softmax(q k^T / sqrt(hs)) v with a boolean mask (true: seen), or with the causal triangle where mask is None."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # the CPU's fused kernel trains several times slower in bfloat16 than three plain operations
+        if mask is None:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        att = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5)  # (B, nh, T, S)
+        return F.dropout(att.masked_fill(~mask, -math.inf).softmax(-1), dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mamba (arXiv 2312.00752)
+
+class MambaBlock(nn.Module):
+    """Mamba-1's selective state space mixer: gate, causal convolution, selective scan.
+
+    State: the last d_conv-1 inputs of the convolution (B, d_conv-1, d_inner) and h (B, d_inner, N), float32."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C = config.n_embd[layer]
+        self.d_inner = config.expand * C
+        self.dt_rank = config.dt_rank or math.ceil(C / 16)
+        self.d_state = config.d_state
+        self.in_proj = nn.Linear(C, 2 * self.d_inner, bias=False)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, config.d_conv, groups=self.d_inner)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.A_log = nn.Parameter(torch.arange(1, self.d_state + 1).float().log().repeat(self.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, C, bias=False)
+
+    def initial_state(self, B, device, dtype):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (torch.zeros(B, self.conv1d.kernel_size[0] - 1, self.d_inner, device=device, dtype=dtype),
+                torch.zeros(B, self.d_inner, self.d_state, device=device, dtype=wide))
+
+    def forward(self, x, state, reset):
+        conv, h = state or (None, None)
+        one_step = x.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, d_inner) each
+        weight = self.conv1d.weight.squeeze(1)
+        if one_step:
+            conv, h = conv.to(x.dtype, copy=True), h.clone()  # the steps write in place; the caller keeps its state
+            now = None if reset is None else reset[:, 0]
+            x = causal_conv1d_step(conv, x[:, 0], weight, self.conv1d.bias, "silu", reset=now)[:, None]
+        else:
+            x, conv = causal_conv1d(x, weight, self.conv1d.bias, "silu", initial_state=conv, reset=reset,
+                                    return_final_state=True)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)  # (B, T, d_inner); its bias joins inside the scan, in float32
+        A = -self.A_log.exp()
+        if one_step:
+            y = selective_scan_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], self.dt_proj.bias,
+                                    delta_softplus=True, reset=now)[:, None]
+        else:
+            y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True,
+                                  initial_state=h, reset=reset, return_last_state=True)
+        return self.out_proj(y), (conv, h)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fractal (after FractalNet, arXiv 1605.07648, made causal, streamable and probabilistic)
+
+class FractalModule(nn.Module):
+    """The weights of one module: depth C and width H, a convolution and a matrix for each level, C - 1 joins."""
+
+    def __init__(self, C: int, H: int, kernel: int):
+        super().__init__()
+        self.conv = nn.ParameterList(torch.randn(H, kernel) / math.sqrt(kernel) for _ in range(C))
+        self.M = nn.ModuleList(nn.Linear(H, H, bias=False) for _ in range(C))
+        self.a = nn.Parameter(torch.zeros(C - 1))
+
+
+class FractalBlock(nn.Module):
+    """K modules side by side, each a recursion of depth C_k at width H_k; n(.) is a gainless RMS norm over a module:
+
+        [z_1 .. z_K | g] = W_in x
+        u_c(z) = n( M_c silu(conv_c(n(z))) )
+        f_1 = u_1,  f_c(z) = p_c f_{c-1}(f_{c-1}(z)) + (1 - p_c) u_c(z),  p_c = sigmoid(a_c)
+        y = W_out( concat_k n(f_{C_k}(z_k)) * silu(g) )
+
+    Training draws, for each row, call and join, one branch instead of the mean with probability fractal_drop, and
+    cuts a module to m levels with probability fractal_level_drop. `levels` = m cuts every module at evaluation.
+    Modules of equal depth run together, padded to the widest, as one batch of matrix products.
+
+    State: the last w-1 inputs of each application, (B, w-1, n H) for the n modules of a depth, in evaluation order."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C, self.depths, self.dims = config.n_embd[layer], config.fractal_depths[layer], config.fractal_dims[layer]
+        self.kernel, self.eps = config.fractal_kernel, config.norm_eps
+        self.drop, self.level_drop = config.fractal_drop, config.fractal_level_drop
+        self.levels = None
+        self.groups = [[k for k, depth in enumerate(self.depths) if depth == c] for c in sorted(set(self.depths))]
+        for group in self.groups:
+            widths = torch.tensor([[self.dims[k]] for k in group])
+            self.register_buffer(f"true_H_{self.depths[group[0]]}", widths, persistent=False)
+        self.W_in = nn.Linear(C, 2 * sum(self.dims), bias=False)
+        self.fractals = nn.ModuleList(FractalModule(c, H, self.kernel) for c, H in zip(self.depths, self.dims))
+        self.W_out = nn.Linear(sum(self.dims), C, bias=False)
+
+    def budget(self, depth: int) -> int:
+        return min(depth, self.levels or depth)
+
+    def initial_state(self, B, device, dtype):
+        shapes = [(B, self.kernel - 1, len(group) * max(self.dims[k] for k in group))
+                  for group in self.groups for _ in range(2 ** self.budget(self.depths[group[0]]) - 1)]
+        return tuple(torch.zeros(shape, device=device, dtype=dtype) for shape in shapes)
+
+    def forward(self, x, state, reset):
+        z, gate = self.W_in(x).chunk(2, dim=-1)  # (B, T, S) each
+        z = z.split(self.dims, dim=-1)
+        applications = sum(2 ** self.budget(self.depths[group[0]]) - 1 for group in self.groups)
+        if state is not None and len(state) != applications:
+            raise ValueError(f"fractal_levels: the state is of {len(state)} applications, this model's setting needs "
+                             f"{applications}; start a new state when the levels change")
+        past = iter([None] * applications if state is None else state)
+        outputs, states = [None] * len(self.dims), []
+        for group in self.groups:
+            fractal = _FractalGroup(self, group, past, reset, x)
+            padded = [F.pad(z[k], (0, fractal.H - self.dims[k])) for k in group]
+            y = fractal.norm(fractal.run(torch.stack(padded, dim=2)))  # (B, T, n, H)
+            for i, k in enumerate(group):
+                outputs[k] = y[:, :, i, : self.dims[k]]
+            states += fractal.states
+        return self.W_out(torch.cat(outputs, dim=-1) * F.silu(gate)), tuple(states)
+
+
+class _FractalGroup:
+    """One forward call of the n modules of a layer that share a depth, padded to their greatest width H."""
+
+    def __init__(self, block: FractalBlock, group: list[int], past, reset, x):
+        self.modules = [block.fractals[k] for k in group]
+        self.depth, self.H = block.depths[group[0]], max(block.dims[k] for k in group)
+        self.levels, self.eps, self.past, self.reset, self.states = block.budget(self.depth), block.eps, past, reset, []
+        self.true_H = getattr(block, f"true_H_{self.depth}")  # (n, 1)
+        self.weights = [self._pack(c) for c in range(self.depth)]
+        self.p = torch.stack([m.a for m in self.modules]).sigmoid()  # (n, depth - 1)
+        self.drop, self.cut = 0.0, None
+        if block.training and self.depth > 1:
+            shape = (x.shape[0], len(group))
+            self.drop = block.drop
+            cut = torch.randint(1, self.depth + 1, shape, device=x.device)
+            cut_now = torch.rand(shape, device=x.device) < block.level_drop
+            self.cut = torch.where(cut_now, cut, self.depth)  # (B, n)
+
+    def _pack(self, c):
+        """Level c of every module: convolutions (n H, w) and transposed matrices (n, H, H), padded with zeros."""
+        pads = [self.H - m.conv[c].shape[0] for m in self.modules]
+        conv = torch.cat([F.pad(m.conv[c], (0, 0, 0, p)) for m, p in zip(self.modules, pads)])
+        return conv, torch.stack([F.pad(m.M[c].weight, (0, p, 0, p)) for m, p in zip(self.modules, pads)]).mT
+
+    def norm(self, z):
+        """z (B, T, n, H), zero in its padding -> RMS-normalised over each module's true width"""
+        wide = z if z.dtype == torch.float64 else z.float()
+        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / self.true_H + self.eps)).to(z.dtype)
+
+    def unit(self, z, c):
+        B, T, n, H = z.shape
+        conv, M = self.weights[c - 1]
+        v, state = causal_conv1d(self.norm(z).reshape(B, T, n * H), conv, activation="silu",
+                                 initial_state=next(self.past), reset=self.reset, return_final_state=True)
+        self.states.append(state)
+        v = torch.bmm(v.view(B * T, n, H).transpose(0, 1), M)  # (n, B T, H)
+        return self.norm(v.transpose(0, 1).view(B, T, n, H))
+
+    def join(self, deep, shallow, c, level):
+        """level counts the joins from the top, 1 first; joins at or below a row's cut take the shallow branch"""
+        p = self.p[:, c - 2]  # (n,)
+        if self.cut is None:
+            weight = p[None]
+        else:
+            one_branch, take_deep = torch.rand(2, *self.cut.shape, device=deep.device)
+            weight = torch.where(one_branch < self.drop, (take_deep < p).to(p.dtype), p)
+            weight = torch.where(level < self.cut, weight, 0.0)  # (B, n)
+        return torch.lerp(shallow, deep, weight[:, None, :, None].to(deep.dtype))
+
+    def run(self, z, c=None, level=1):
+        """f_c(z), evaluated shallow branch first"""
+        c = self.depth if c is None else c
+        shallow = self.unit(z, c)
+        if c == 1 or level == self.levels:
+            return shallow
+        deep = self.run(self.run(z, c - 1, level + 1), c - 1, level + 1)
+        return self.join(deep, shallow, c, level)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+class FeedForward(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C = config.n_embd[layer]
+        hidden = int(config.ffn_mult[layer] * C)
+        self.activation = config.activation
+        self.c_fc = nn.Linear(C, hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, C, bias=config.bias)
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        if self.activation == "relu2":
+            x = F.relu(x).square()
+        elif self.activation == "gelu_tanh":
+            x = F.gelu(x, approximate="tanh")
+        else:
+            x = F.silu(x)
+        return self.c_proj(x)
+
+
+class Block(nn.Module):
+    """Routes the residual stream through one mixer and a feed-forward layer, resizing it first where widths differ."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C, before = config.n_embd[layer], config.n_embd[max(layer - 1, 0)]
+        self.kind = config.attention_type[layer]
+        mixer = {"standard": MultiHeadAttention, "mamba": MambaBlock, "fractal": FractalBlock}[self.kind]
+        self.resize = nn.Linear(before, C, bias=False) if before != C else None
+        self.ln_1 = make_norm(config, C)
+        self.mixer = mixer(config, layer)
+        self.ffn = FeedForward(config, layer) if config.ffn_mult[layer] else None
+        self.ln_2 = make_norm(config, C) if self.ffn else None
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, state, reset, skip=None):
+        if self.resize is not None:
+            x = self.resize(x)
+        if skip is not None:
+            x = x + skip
+        y, state = self.mixer(self.ln_1(x), state, reset)
+        x = x + self.drop(y)
+        if self.ffn is not None:
+            x = x + self.drop(self.ffn(self.ln_2(x)))
+        return x, state
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size: null; give the tokenizer's n_vocab")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd[0])
+        self.wpe = nn.Embedding(config.block_size, config.n_embd[0]) if config.position == "learned" else None
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        mirrors = range((config.n_layer + 1) // 2, config.n_layer) if config.skip_connections else ()
+        self.skip = nn.ModuleDict({
+            str(j): nn.Linear(C, C, bias=False) for j in mirrors
+            if (C := config.n_embd[j]) == config.n_embd[config.n_layer - 1 - j]})
+        self.ln_f = make_norm(config, config.n_embd[-1])
+        self.lm_head = nn.Linear(config.n_embd[-1], config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+        narrowest = min(config.n_embd)
+        first = config.n_embd.index(narrowest)
+        self.bottleneck = next((i for i in range(first, config.n_layer - 1) if config.n_embd[i + 1] != narrowest),
+                               config.n_layer - 1)  # last layer of the first run of minimum width
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        wte, wpe, lm_head, c_attn, c_fc       N(0, 0.02^2)
+        attention and FFN c_proj, W_out       N(0, (0.02 / sqrt(2 n_layer))^2)
+        resize, W_in                          N(0, 1 / fan_in)
+        skip                                  0
+        fractal conv, M_c, a_c                N(0, 1 / w), N(0, 2.8 / H), 0
+        in_proj, x_proj, conv1d               U(-b, b), b = 1 / sqrt(fan_in); out_proj the same / sqrt(n_layer)
+        dt_proj                               weight U(-b, b), b = dt_rank^-0.5; bias so that softplus gives dt
+                                              log-uniform in [0.001, 0.1]
+        A_log, D                              log(1 .. N), 1
+        norms, biases                         1, 0
+        """
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, module in self.named_modules():
+            leaf = name.rsplit(".", 1)[-1]
+            if isinstance(module, nn.Embedding) or leaf in ("lm_head", "c_attn", "c_fc"):
+                nn.init.normal_(module.weight, std=0.02)
+            elif leaf in ("c_proj", "W_out"):
+                nn.init.normal_(module.weight, std=residual_std)
+            elif leaf in ("resize", "W_in"):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            elif name.startswith("skip."):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, FractalModule):
+                for M in module.M:
+                    nn.init.normal_(M.weight, std=math.sqrt(2.8 / M.in_features))
+            elif isinstance(module, MambaBlock):
+                module.out_proj.weight /= math.sqrt(self.config.n_layer)
+                nn.init.uniform_(module.dt_proj.weight, -module.dt_rank**-0.5, module.dt_rank**-0.5)
+                dt = torch.exp(torch.rand(module.d_inner) * math.log(100) + math.log(0.001)).clamp(min=1e-4)
+                module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            if leaf in ("c_attn", "c_fc", "c_proj") and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def initial_state(self, B: int, dtype: torch.dtype | None = None) -> dict:
+        """The state at the start of a stream, as explicit tensors; dtype is that of the activations."""
+        weight = self.wte.weight
+        layers = [block.mixer.initial_state(B, weight.device, dtype or weight.dtype) for block in self.h]
+        state = {"layers": layers}
+        if self.wpe is not None:
+            state["pos"] = torch.zeros(B, dtype=torch.long, device=weight.device)
+        return state
+
+    def next_block(self, state: dict) -> dict:
+        """The state to start the next training or evaluation block from: with learned positions attention starts
+        fresh and recurrent layers carry on, as GPT-2's table has no position past block_size."""
+        if self.wpe is None:
+            return state
+        fresh = [map_state(torch.zeros_like, s) if block.kind == "standard" else s
+                 for block, s in zip(self.h, state["layers"])]
+        return {"layers": fresh, "pos": torch.zeros_like(state["pos"])}
+
+    def set_fractal_levels(self, levels: int | None):
+        """Cut every fractal module to at most `levels` levels from now on (None: all). States do not carry over."""
+        if levels is not None and levels < 1:
+            raise ValueError(f"fractal_levels: {levels}; at least 1")
+        for block in self.h:
+            if block.kind == "fractal":
+                block.mixer.levels = levels
+
+    def trunk(self, idx, state=None, reset=None, n_layer=None):
+        """idx (B, T) -> the residual stream after the first n_layer layers (B, T, C), and the state there."""
+        layers = self.h[:n_layer]
+        x = self.wte(idx)
+        past = [None] * len(layers) if state is None else state["layers"]
+        new_state = {}
+        if self.wpe is not None:
+            pos, new_state["pos"] = self._positions(idx, state, reset)
+            x = x + self.wpe(pos)
+        x = self.drop(x)
+        outputs, new_state["layers"] = [], []
+        for i, block in enumerate(layers):
+            skip = self.skip[str(i)](outputs[self.config.n_layer - 1 - i]) if str(i) in self.skip else None
+            x, s = block(x, past[i], reset, skip)
+            outputs.append(x if self.skip else None)
+            new_state["layers"].append(s)
+        return x, new_state
+
+    def _positions(self, idx, state, reset):
+        """Positions (B, T) since the last reset or the stream's start, and the next one (B,)."""
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"learned positions reach {self.config.block_size} tokens (block_size), not {T}")
+        t = torch.arange(T, device=idx.device).expand(B, T)
+        start = torch.zeros(B, dtype=torch.long, device=idx.device) if state is None else state["pos"]
+        pos = start[:, None] + t
+        if reset is not None:
+            last = torch.where(reset, t, -1).cummax(1).values  # (B, T), index of the last reset, -1: none yet
+            pos = torch.where(last >= 0, t - last, pos)
+        return pos, pos[:, -1] + 1
+
+    def forward(self, idx, targets=None, state=None, reset=None, last_only=False, return_logits=False):
+        """
+        idx, targets (B, T) int64, a target of -1 is ignored; reset (B, T) bool; state from an earlier call.
+        Returns (logits, loss, state). Without targets: logits (B, T, V), or (B, 1, V) with last_only, and loss None.
+        With targets: the mean cross entropy in nats, float32, and logits only with return_logits.
+        """
+        x, state = self.trunk(idx, state, reset)
+        if last_only:
+            x = x[:, -1:]
+        x = self.ln_f(x)
+        logits = self.lm_head(x) if targets is None or return_logits else None
+        loss = None if targets is None else cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return logits, loss, state
+
+    def encode(self, idx, state=None, reset=None):
+        """The bottleneck's features: the residual stream after the last layer of the first run of minimum-width
+        layers, (B, T, min width), and the state of the layers up to there."""
+        return self.trunk(idx, state, reset, n_layer=self.bottleneck + 1)
+
+    def num_params(self) -> int:
+        """All trained parameters, tied ones once, embeddings included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> list[int]:
+        """Forward FLOPs a token of each layer, and of lm_head at the end: two for each multiply-add of a matrix
+        product, attention's over a full window; FractalBlock's formula counts each application; norms, gates and
+        activations are left out. Training costs three times as much."""
+        flops = []
+        for block in self.h:
+            macs = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+            mixer = block.mixer
+            if block.kind == "standard":
+                macs += 2 * mixer.window * mixer.c_proj.in_features
+            elif block.kind == "mamba":
+                macs += mixer.d_inner * (mixer.conv1d.kernel_size[0] + 3 * mixer.d_state)  # decay, input, output
+            else:
+                macs -= sum(C * H * H for C, H in zip(mixer.depths, mixer.dims))
+                macs += sum((2 ** mixer.budget(C) - 1) * (H * H + mixer.kernel * H)
+                            for C, H in zip(mixer.depths, mixer.dims))
+            flops.append(2 * macs)
+        return [*flops, 2 * self.lm_head.weight.numel()]
+
+    def layer_table(self) -> str:
+        """One line a layer: index, type, width, parameters, forward FLOPs a token, bytes of state a stream."""
+        rows = [("layer", "type", "width", "parameters", "FLOPs/token", "state bytes")]
+        flops = self.flops_per_token()
+        for i, (block, state) in enumerate(zip(self.h, self.initial_state(1)["layers"])):
+            n = sum(p.numel() for p in block.parameters())
+            if str(i) in self.skip:
+                n += self.skip[str(i)].weight.numel()
+            kind = block.kind
+            if kind == "fractal":
+                kind += " " + " ".join(f"{C}x{H}" for C, H in zip(block.mixer.depths, block.mixer.dims))
+            if i == self.bottleneck:
+                kind += " (bottleneck)"
+            size = sum(t.numel() * t.element_size() for t in state)
+            rows.append((str(i), kind, str(self.config.n_embd[i]), f"{n:,}", f"{flops[i]:,}", f"{size:,}"))
+        rest = self.num_params() - sum(p.numel() for m in (self.h, self.skip) for p in m.parameters())
+        rows.append(("", "embeddings, head", "", f"{rest:,}", f"{flops[-1]:,}", ""))
+        rows.append(("", "all", "", f"{self.num_params():,}", f"{sum(flops):,}", ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+                 for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+LOGITS_AT_ONCE = 2**24  # float32 logits held at a time: 64 MiB
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of softmax(x w^T), x (N, C), w (V, C), targets (N,), with -1 ignored, in chunks of rows.
+    The gradients are made along with the loss: no (N, V) tensor outlives its chunk, nothing is recomputed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk):
+        w = weight.to(x.dtype)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=wide, device=x.device)
+        need_grad = any(ctx.needs_input_grad)
+        dx = torch.zeros_like(x) if need_grad else None
+        dw = torch.zeros_like(weight, dtype=wide) if need_grad else None
+        for i in range(0, x.shape[0], chunk):
+            xc, t = x[i:i + chunk], targets[i:i + chunk, None]
+            seen = t >= 0
+            logp = F.log_softmax(F.linear(xc, w).to(wide), dim=-1)
+            loss -= (logp.gather(1, t.clamp(min=0)) * seen).sum()
+            if need_grad:
+                dlogits = logp.exp_().scatter_add_(1, t.clamp(min=0), torch.full_like(logp[:, :1], -1.0))
+                dlogits = dlogits.mul_(seen).to(x.dtype)  # (chunk, V): softmax - onehot
+                dx[i:i + chunk] = dlogits @ w
+                dw += dlogits.t() @ xc
+        if need_grad:
+            ctx.save_for_backward(dx, dw.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None
+
+
+def cross_entropy(x, weight, targets):
+    """Mean cross entropy of the logits x weight^T over the targets that are not -1; x (N, C), weight (V, C)."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    count = (targets >= 0).sum().clamp(min=1)
+    if x.shape[0] * weight.shape[0] <= LOGITS_AT_ONCE:
+        logits = F.linear(x, weight)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
+    return LinearCrossEntropy.apply(x, weight, targets, max(1, LOGITS_AT_ONCE // weight.shape[0])) / count
+
+
+if __name__ == "__main__":
+    from train import load_config
+
+    settings = load_config()
+    print(GPT(settings.config).layer_table())

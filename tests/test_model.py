@@ -1,0 +1,429 @@
+"""The laws of DESIGN: whole == chunked == token by token, a row with resets == its documents alone, no future leaks;
+and the reference models of transformers, weights mapped one to one."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy, map_state
+
+V = 23
+MIXERS = {
+    "standard": dict(attention_type=["standard"] * 2, n_embd=16, n_head=2, window=5),
+    "mamba": dict(attention_type=["mamba"] * 2, n_embd=12, d_state=3),
+    "fractal": dict(attention_type=["fractal"] * 2, n_embd=12, fractal_dim_range=[8, 24], fractal_count=3),
+    "hybrid": dict(attention_type=["mamba", "fractal", "standard", "mamba"], n_embd=[16, 12, 8, 16], n_head=2, window=4,
+                   fractal_dim_range=[8, 16], fractal_count=2, d_state=2, skip_connections=True),
+}
+
+
+def make(kind="hybrid", seed=0, **kw):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=V, block_size=8, **(MIXERS[kind] | kw))).double()
+    with torch.no_grad():  # away from the near-identity initialisation, where errors would hide
+        for name, p in model.named_parameters():
+            if "A_log" not in name:
+                p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def close(a, b, tol=1e-9):
+    assert (a - b).abs().max() <= tol * max(1.0, b.abs().max().item())
+
+
+def run_chunks(model, idx, sizes, reset=None, state=None, seed=None):
+    logits, t = [], 0
+    for n in sizes:
+        if seed is not None:
+            torch.manual_seed(seed)  # a call's probabilistic draws depend on the batch alone: make them equal
+        out, _, state = model(idx[:, t:t + n], state=state, reset=None if reset is None else reset[:, t:t + n])
+        logits.append(out)
+        t += n
+    return torch.cat(logits, 1), state
+
+
+def grads_of(model, logits, state):
+    """Gradients of a loss on every logit and on every floating tensor of the returned state."""
+    gen = torch.Generator().manual_seed(5)
+    terms = [(logits * torch.randn(logits.shape, generator=gen, dtype=logits.dtype)).sum()]
+    for layer, block in zip(state["layers"], model.h):
+        for t in layer:
+            if t.is_floating_point() and t.requires_grad:
+                if block.kind == "standard":  # slots that are not valid hold anything
+                    t = t * layer[2][:, None, :, None]
+                terms.append((t * torch.randn(t.shape, generator=gen, dtype=t.dtype)).sum())
+    return torch.autograd.grad(sum(terms), list(model.parameters()), allow_unused=True)
+
+
+@st.composite
+def rows(draw):
+    T = draw(st.integers(1, 10))
+    sizes, left = [], T
+    while left:
+        sizes.append(draw(st.integers(1, left)))
+        left -= sizes[-1]
+    resets = draw(st.lists(st.tuples(st.integers(0, 1), st.integers(0, T - 1)), max_size=4))
+    return T, sizes, resets
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("training", [False, True])
+@settings(max_examples=4, deadline=None)
+@given(case=rows(), explicit=st.booleans(), seed=st.integers(0, 3))
+def test_whole_equals_chunks_equals_steps(kind, training, case, explicit, seed):
+    T, sizes, resets = case
+    model = make(kind, seed).train(training)
+    idx = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(seed))
+    reset = torch.zeros(2, T, dtype=torch.bool)
+    for row, t in resets:
+        reset[row, t] = True
+    draws = 7 if training else None
+    whole, state = run_chunks(model, idx, [T], reset, seed=draws)
+    reference = grads_of(model, whole, state)
+    for split in (sizes, [1] * T):
+        start = model.initial_state(2) if explicit else None
+        logits, last = run_chunks(model, idx, split, reset, state=start, seed=draws)
+        close(logits, whole)
+        for a, b in zip(grads_of(model, logits, last), reference):
+            assert (a is None) == (b is None)
+            if a is not None:
+                close(a, b)
+    if not training:
+        with torch.no_grad():  # the in-place single steps
+            logits, _ = run_chunks(model, idx, [1] * T, reset, state=model.initial_state(2))
+        close(logits, whole)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_row_with_resets_equals_its_documents(kind):
+    model = make(kind).eval()
+    idx = torch.randint(V, (1, 17), generator=torch.Generator().manual_seed(1))
+    cuts = [0, 1, 6, 7, 17]
+    reset = torch.zeros(1, 17, dtype=torch.bool)
+    reset[0, cuts[:-1]] = True
+    dirty = map_state(lambda t: torch.ones_like(t), model.initial_state(1))
+    whole, _, state = model(idx, state=dirty, reset=reset)
+    for a, b in itertools.pairwise(cuts):
+        alone, _, last = model(idx[:, a:b])
+        close(whole[:, a:b], alone)
+    more = torch.randint(V, (1, 5), generator=torch.Generator().manual_seed(2))
+    close(model(more, state=state)[0], model(more, state=last)[0])
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_nothing_before_a_reset_stays_in_the_state(kind):
+    model = make(kind).eval()
+    idx = torch.randint(V, (1, 9), generator=torch.Generator().manual_seed(3))
+    reset = torch.zeros(1, 9, dtype=torch.bool)
+    reset[0, 7] = True
+    x = model.wte(idx).detach().requires_grad_()
+    model.wte.register_forward_hook(lambda *_: x)
+    _, state = model.trunk(idx, reset=reset)
+    for block, layer in zip(model.h, state["layers"]):
+        if block.kind == "standard":
+            k, v, valid = layer
+            assert valid[0].tolist() == [False] * (valid.shape[1] - 2) + [True] * 2
+            layer = [t[:, :, valid[0]] for t in (k, v)]
+        for t in layer:
+            grad, = torch.autograd.grad(t.sum(), x, retain_graph=True)
+            assert grad[0, :7].abs().max() == 0 and grad[0, 7:].abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_no_future_leaks(kind, position):
+    model = make(kind, position=position, window=8).train()
+    idx = torch.randint(V, (1, 8), generator=torch.Generator().manual_seed(1))
+    x = model.wte(idx).detach().requires_grad_()
+    model.wte.register_forward_hook(lambda *_: x)
+    logits = model(idx)[0]
+    for t in range(8):
+        grad, = torch.autograd.grad(logits[0, t].sum(), x, retain_graph=True)
+        assert (grad[0, t + 1:] == 0).all()
+        assert grad[0, t].abs().max() > 0
+
+
+def test_learned_positions_hold_the_law_up_to_block_size_and_restart_at_resets():
+    model = make("hybrid", position="learned", window=8).eval()
+    idx = torch.randint(V, (2, 8), generator=torch.Generator().manual_seed(1))
+    reset = torch.zeros(2, 8, dtype=torch.bool)
+    reset[0, 3] = reset[1, 0] = reset[1, 7] = True
+    whole, state = run_chunks(model, idx, [8], reset)
+    assert state["pos"].tolist() == [5, 1]
+    for sizes in ([3, 1, 4], [1] * 8):
+        logits, last = run_chunks(model, idx, sizes, reset, state=model.initial_state(2))
+        close(logits, whole)
+        assert last["pos"].tolist() == [5, 1]
+    close(whole[:1, 3:], model(idx[:1, 3:])[0])
+    fresh = model.next_block(state)
+    assert fresh["pos"].tolist() == [0, 0] and not fresh["layers"][2][2].any()
+    assert fresh["layers"][0][1].equal(state["layers"][0][1])
+    with pytest.raises(ValueError, match="block_size"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+
+
+# -- fractal
+
+def fractal_by_definition(block, x, levels=None):
+    """One module at a time, straight from DESIGN's equations; x (T, d), evaluation."""
+    def n(z):
+        return z / (z.square().mean(-1, keepdim=True) + block.eps).sqrt()
+
+    def unit(module, z, c):
+        w = module.conv[c - 1]
+        z, H = n(z), z.shape[1]
+        padded = torch.cat((z.new_zeros(w.shape[1] - 1, H), z))
+        conv = sum(w[:, i] * padded[i:i + len(z)] for i in range(w.shape[1]))
+        return n(torch.nn.functional.silu(conv) @ module.M[c - 1].weight.T)
+
+    def f(module, z, c, m):
+        if c == 1 or m == 1:
+            return unit(module, z, c)
+        p = torch.sigmoid(module.a[c - 2])
+        return p * f(module, f(module, z, c - 1, m - 1), c - 1, m - 1) + (1 - p) * unit(module, z, c)
+
+    S = sum(block.dims)
+    projected = x @ block.W_in.weight.T
+    z, g = projected[:, :S].split(block.dims, dim=1), projected[:, S:]
+    outs = [n(f(m, zk, C, min(C, levels or C))) for m, zk, C in zip(block.fractals, z, block.depths)]
+    return (torch.cat(outs, 1) * torch.nn.functional.silu(g)) @ block.W_out.weight.T
+
+
+@pytest.mark.parametrize("levels", [None, 1, 2, 3])
+def test_fractal_block_is_its_definition(levels):
+    model = make("fractal", fractal_depth_range=[1, 4], fractal_count=5).eval()
+    model.set_fractal_levels(levels)
+    for block in model.h:
+        mixer = block.mixer
+        assert len(set(mixer.depths)) > 1 and len(set(mixer.dims)) > 1
+        x = torch.randn(11, 12, dtype=torch.double)
+        y, state = mixer(x[None], None, None)
+        close(y[0], fractal_by_definition(mixer, x, levels), 1e-12)
+        counts = {C: 2 ** min(C, levels or C) - 1 for C in set(mixer.depths)}
+        assert len(state) == sum(counts.values())
+
+
+def test_fractal_draws_come_from_their_own_seed():
+    config = GPTConfig(attention_type=["fractal", "mamba", "fractal"], n_embd=32, fractal_seed=5, fractal_count=3,
+                       fractal_depth_range=[1, 4], fractal_dim_range=[10, 50])
+    for layer in (0, 2):
+        rng = random.Random(5 * 1000003 + layer)
+        drawn = [(rng.randint(1, 4), 8 * rng.randint(2, 6)) for _ in range(3)]
+        assert list(zip(config.fractal_depths[layer], config.fractal_dims[layer])) == drawn
+    assert config.fractal_depths[1] == []
+    kept = GPTConfig(**(config.model_dump() | {"fractal_seed": 99}))
+    assert (kept.fractal_depths, kept.fractal_dims) == (config.fractal_depths, config.fractal_dims)
+
+
+def test_fractal_join_keeps_the_mean_and_draws_per_row():
+    model = make("fractal", fractal_depth_range=[2, 2], fractal_count=1, fractal_drop=0.4, fractal_level_drop=0.0)
+    mixer = model.h[0].mixer
+    x = torch.randn(1, 1, 12, dtype=torch.double).expand(20000, 1, 12)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        group_y = []
+        mixer.W_out.register_forward_hook(lambda m, args, out: group_y.append(args[0]))
+        mixer.train()(x, None, None)
+        drawn = group_y.pop()
+        mixer.eval()(x[:1], None, None)
+        expected = group_y.pop()
+    assert len({round(v, 9) for v in drawn[:, 0, 0].tolist()}) == 3  # the mean, deep alone, shallow alone
+    whole = (drawn - expected).abs().amax((1, 2)) < 1e-12
+    assert abs(whole.double().mean() - 0.6) < 0.02
+
+
+def test_fractal_levels_are_fixed_for_the_life_of_a_state():
+    model = make("fractal", fractal_depth_range=[3, 3]).eval()
+    _, _, state = model(torch.zeros(1, 4, dtype=torch.long))
+    model.set_fractal_levels(2)
+    with pytest.raises(ValueError, match="fractal_levels"):
+        model(torch.zeros(1, 4, dtype=torch.long), state=state)
+
+
+def test_level_drop_trains_every_truncation():
+    """With the cut drawn as m = 1 in every module and row, training computes what levels = 1 evaluates."""
+    model = make("fractal", fractal_depth_range=[3, 3], fractal_drop=0.0, fractal_level_drop=0.999999)
+    idx = torch.randint(V, (64, 6), generator=torch.Generator().manual_seed(0))
+    truncated = {}
+    for m in (1, 2, 3):
+        model.eval().set_fractal_levels(m)
+        truncated[m] = model.h[0].mixer(model.wte(idx), None, None)[0]
+    model.train().set_fractal_levels(None)
+    mixed = torch.cat([model.h[0].mixer(model.wte(idx), None, None)[0] for _ in range(3)])
+    matches = [((mixed - truncated[m].repeat(3, 1, 1)).abs().amax((1, 2)) < 1e-9).sum().item() for m in (1, 2, 3)]
+    # three modules cut alike: each (1/3)^3 of 192 rows
+    assert all(1 <= n <= 25 for n in matches)
+
+
+# -- shapes and accounting
+
+def test_encode_gives_the_residual_stream_after_the_bottleneck():
+    model = make("hybrid", n_embd=[16, 8, 8, 16], attention_type="mamba").eval()
+    idx = torch.randint(V, (2, 7))
+    seen = []
+    model.h[2].register_forward_hook(lambda m, a, out: seen.append(out[0]))
+    model(idx)
+    features, state = model.encode(idx)
+    assert features.shape == (2, 7, 8) and model.bottleneck == 2
+    close(features, seen[0], 0)
+    a, state = model.encode(idx[:, :3])
+    b, _ = model.encode(idx[:, 3:], state=state)
+    close(torch.cat((a, b), 1), features)
+
+
+def test_bottleneck_is_the_first_run_of_minimum_width():
+    for widths, where in (([8, 4, 4, 8, 4], 2), ([4, 8], 0), ([8, 8], 1), ([8, 6, 4], 2)):
+        assert GPT(GPTConfig(vocab_size=5, n_embd=widths, attention_type="mamba")).bottleneck == where
+
+
+def test_skip_connections_start_at_zero_and_pair_mirrors():
+    model = GPT(GPTConfig(vocab_size=5, n_embd=[16, 12, 8, 8, 12, 20], attention_type="mamba", skip_connections=True))
+    assert set(model.skip) == {"3", "4"}
+    assert all(m.weight.abs().max() == 0 for m in model.skip.values())
+
+
+def test_flops_agree_with_pytorchs_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+    for kind in ("standard", "fractal"):
+        model = make(kind, window=8, fractal_depth_range=[2, 2], fractal_dim_range=[8, 8]).eval()
+        state = model.initial_state(1)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long), state=state)
+        convs = 2 * sum(2 ** C * 4 * H - 4 * H for b in model.h if kind == "fractal"
+                        for C, H in zip(b.mixer.depths, b.mixer.dims))  # taps are not matrix products
+        assert counter.get_total_flops() == sum(model.flops_per_token()) - convs
+
+
+def test_layer_table_counts_every_parameter_once():
+    model = make("hybrid")
+    table = model.layer_table().splitlines()
+    numbers = [int(line.split()[-3 if i < len(table) - 2 else -2].replace(",", "")) for i, line in enumerate(table)
+               if i > 0]
+    assert sum(numbers[:-1]) == numbers[-1] == sum(p.numel() for p in model.parameters())
+
+
+def test_chunked_cross_entropy_equals_the_plain_one():
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(37, 9, generator=gen, dtype=torch.double, requires_grad=True)
+    w = torch.randn(50, 9, generator=gen, dtype=torch.double, requires_grad=True)
+    targets = torch.randint(-1, 50, (37,), generator=gen)
+    plain = torch.nn.functional.cross_entropy(x @ w.T, targets, ignore_index=-1)
+    reference = torch.autograd.grad(plain, (x, w))
+    close(cross_entropy(x, w, targets), plain, 1e-12)
+    chunked = LinearCrossEntropy.apply(x, w, targets, 8) / (targets >= 0).sum()
+    close(chunked, plain, 1e-12)
+    for a, b in zip(torch.autograd.grad(chunked, (x, w)), reference):
+        close(a, b, 1e-12)
+    assert cross_entropy(x, w, torch.full((37,), -1)).item() == 0
+
+
+def test_forward_interface():
+    model = make("hybrid").eval()
+    idx = torch.randint(V, (2, 6))
+    logits, loss, state = model(idx)
+    assert logits.shape == (2, 6, V) and loss is None
+    assert model(idx, last_only=True)[0].shape == (2, 1, V)
+    none, loss, _ = model(idx, idx)
+    assert none is None and loss.shape == ()
+    both, again, _ = model(idx, idx, return_logits=True)
+    assert both.shape == (2, 6, V) and again == loss
+    initial = model.initial_state(2)
+    shapes = []
+    map_state(lambda t: shapes.append((t.shape, t.dtype)), [initial, state])
+    assert shapes[: len(shapes) // 2] == shapes[len(shapes) // 2:]
+    for a, b in zip(*(map_state(lambda t: t, model(idx, state=s)[0]) for s in (None, initial))):
+        close(a, b, 1e-12)
+
+
+def test_compiled_model_is_one_graph_with_equal_gradients():
+    model = make("hybrid").eval()
+    idx = torch.randint(V, (2, 8))
+    reset = torch.zeros(2, 8, dtype=torch.bool)
+    reset[0, 3] = True
+    state = model.initial_state(2)
+    loss = model(idx, idx, state=state, reset=reset)[1]
+    reference = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    loss2 = compiled(idx, idx, state=state, reset=reset)[1]
+    close(loss2, loss)
+    for a, b in zip(torch.autograd.grad(loss2, list(model.parameters()), allow_unused=True), reference):
+        if b is not None:
+            close(a, b)
+
+
+@pytest.mark.parametrize("keys, words", [
+    (dict(n_embd=[8, 8], attention_type=["mamba"] * 3), ("n_embd", "2", "attention_type", "3")),
+    (dict(n_embd=[8, 8], n_layer=3), ("n_embd", "n_layer")),
+    (dict(n_embd=10, n_head=4), ("n_head", "10")),
+    (dict(n_embd=[8, 16], attention_type="mamba", tie_weights=True), ("tie_weights", "16")),
+    (dict(fractal_depth_range=[1, 6]), ("fractal_depth_range", "(2^C - 1)(H^2 + w H)")),
+    (dict(fractal_depth_range=[3, 2]), ("fractal_depth_range", "empty")),
+    (dict(fractal_dim_range=[9, 15]), ("fractal_dim_range", "multiple of 8")),
+    (dict(n_embd=[]), ("n_embd", "empty")),
+    (dict(position="learned", window=3), ("window", "block_size")),
+])
+def test_config_refuses(keys, words):
+    with pytest.raises(ValidationError) as error:
+        GPTConfig(**keys)
+    assert all(word in str(error.value) for word in words)
+
+
+# -- the reference models
+
+def test_gpt2_logits_equal_transformers():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=91, n_positions=32, n_embd=24, n_layer=3, n_head=3)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.1 * torch.randn_like(p)
+    ours = GPT(GPTConfig(vocab_size=91, block_size=32, n_embd=24, n_layer=3, n_head=3, position="learned", bias=True,
+                         norm="layernorm", activation="gelu_tanh")).eval()
+    names = {"h.{}.ln_1": "h.{}.ln_1", "h.{}.mixer.c_attn": "h.{}.attn.c_attn", "h.{}.mixer.c_proj": "h.{}.attn.c_proj",
+             "h.{}.ln_2": "h.{}.ln_2", "h.{}.ffn.c_fc": "h.{}.mlp.c_fc", "h.{}.ffn.c_proj": "h.{}.mlp.c_proj"}
+    source, mapped = theirs.transformer.state_dict(), {}
+    for i in range(3):
+        for mine, other in names.items():
+            for part in ("weight", "bias"):
+                t = source[f"{other.format(i)}.{part}"]
+                mapped[f"{mine.format(i)}.{part}"] = t.T if part == "weight" and "ln_" not in mine else t
+    for key in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"):
+        mapped[key] = source[key]
+    mapped["lm_head.weight"] = source["wte.weight"]
+    ours.load_state_dict(mapped)
+    idx = torch.randint(91, (2, 32))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        close(ours(idx)[0], expected, 1e-5)
+        stepped, _ = run_chunks(ours, idx, [1] * 32, state=ours.initial_state(2))
+    close(stepped, expected, 1e-5)
+
+
+def test_mamba_logits_equal_transformers():
+    from transformers import MambaConfig, MambaForCausalLM
+    torch.manual_seed(0)
+    theirs = MambaForCausalLM(MambaConfig(vocab_size=91, hidden_size=24, state_size=5, num_hidden_layers=3,
+                                          residual_in_fp32=False)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "A_log" not in name:
+                p += 0.1 * torch.randn_like(p)
+    ours = GPT(GPTConfig(vocab_size=91, n_embd=24, n_layer=3, attention_type="mamba", d_state=5, ffn_mult=0,
+                         norm_eps=1e-5)).eval()
+    mapped = {}
+    for key, t in theirs.backbone.state_dict().items():
+        key = key.replace("layers.", "h.").replace(".norm.", ".ln_1.").replace("norm_f", "ln_f")
+        mapped[key.replace("embeddings", "wte")] = t
+    mapped["lm_head.weight"] = mapped["wte.weight"]
+    ours.load_state_dict(mapped)
+    idx = torch.randint(91, (2, 33))
+    with torch.no_grad():
+        expected = theirs(idx, use_cache=False).logits
+        close(ours(idx)[0], expected, 1e-5)
+        stepped, _ = run_chunks(ours, idx, [1] * 33, state=ours.initial_state(2))
+    close(stepped, expected, 1e-5)

@@ -1,0 +1,382 @@
+"""The training run as its user sees it: configuration, learning, exact resume, signals, several processes."""
+
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from model import GPT, GPTConfig
+
+ROOT = Path(train.__file__).parent
+TINY = ["--n_embd", "16,8,16", "--attention_type", "mamba,fractal,standard", "--n_head", "1", "--d_state", "4",
+        "--fractal_count", "2", "--fractal_dim_range", "8,16", "--fractal_depth_range", "1,2", "--block_size", "16",
+        "--batch_size", "2", "--eval_iters", "2", "--dtype", "float32", "--device", "cpu", "--compile", "false"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a real text in dataset/."""
+    (tmp_path / "dataset").mkdir()
+    for name in ("textwrap.py", "json/decoder.py"):
+        text = (Path(os.__file__).parent / name).read_bytes()
+        (tmp_path / "dataset" / name.replace("/", "_")).write_bytes(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "SAMPLE_TOKENS", 20)
+    return tmp_path
+
+
+def run(*flags):
+    """One run in this process; returns the Run."""
+    torch.manual_seed(time.time_ns())  # nothing may depend on what the process did before
+    settings = train.load_config([*TINY, *map(str, flags)])
+    this = train.Run(settings, torch.device("cpu"), 0, 1)
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        this.main()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    return this
+
+
+def command(*flags, **kw):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as stop:
+        train.load_config([str(flag) for flag in flags])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    return lines
+
+
+# -- configuration
+
+def test_shipped_files_are_what_a_missing_file_becomes(folder, capsys):
+    settings = train.load_config(["--device", "cpu"])
+    assert "wrote the default" in capsys.readouterr().out
+    for name in ("current_configuration.json", "current_configuration.schema.json"):
+        assert (folder / name).read_text() == (ROOT / name).read_text()
+    content = json.loads((folder / "current_configuration.json").read_text())["config"]
+    assert isinstance(content["n_embd"], list) and isinstance(content["attention_type"], list)
+    assert set(settings.config.attention_type) == {"standard", "mamba", "fractal"}
+    assert len(set(settings.config.n_embd)) > 1
+
+
+def test_schema_knows_every_key():
+    schema = json.loads((ROOT / "current_configuration.schema.json").read_text())
+    assert set(schema["properties"]) == {"config", *train.OUTER}
+    assert set(schema["$defs"]["Config"]["properties"]) == set(train.Config.model_fields)
+
+
+def test_the_briefs_example_is_valid_and_cuda_is_never_a_silent_fallback(folder, capsys):
+    example = {"config": {"batch_size": 64, "block_size": 128, "n_embd": [256, 256, 192, 128, 128, 192, 256, 256],
+                          "attention_type": ["mamba", "standard", "standard", "mamba"] + ["standard"] * 4},
+               "device": "cuda", "compile": True}
+    (folder / "current_configuration.json").write_text(json.dumps(example))
+    config = train.load_config(["--device", "cpu"]).config
+    assert config.n_layer == 8 and config.n_head == [4, 4, 3, 2, 2, 3, 4, 4]
+    if not torch.cuda.is_available():
+        line, = refused(capsys)
+        assert '"auto"' in line and "--device cpu" in line
+
+
+def test_flags_win_and_fit_the_files_lists(folder):
+    file = {"config": {"n_embd": [64, 32, 16, 64], "attention_type": ["mamba", "fractal", "standard", "mamba"],
+                       "epochs": 3}}
+    (folder / "current_configuration.json").write_text(json.dumps(file))
+    config = train.load_config(["--n_embd", "24,16", "--max_iters=7", "--fractal_depth_range", "1,2", "--bias", "true",
+                                "--learning_rate", "1e-4", "--tie_weights", "null"]).config
+    assert config.n_layer == 2 and config.attention_type == ["mamba", "fractal"]
+    assert (config.max_iters, config.epochs, config.bias, config.learning_rate) == (7, None, True, 1e-4)
+    config = train.load_config(["--n_layer", "6"]).config
+    assert config.n_embd == [64, 32, 16, 64, 64, 32] and config.max_iters is None
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--bath_size", "3"], ["--bath_size", "--batch_size"]),
+    (["--batch_size", "0"], ["--batch_size 0", "greater than 0"]),
+    (["--n_embd", "64,x"], ["--n_embd", "valid integer"]),
+    (["--attention_type", "mamba,atention"], ["--attention_type", "'standard', 'mamba' or 'fractal'"]),
+    (["--n_embd", "8,8", "--attention_type", "mamba,mamba,mamba"], ["n_embd has 2", "attention_type has 3"]),
+    (["--max_iters", "5", "--epochs", "2"], ["max_iters", "epochs"]),
+    (["--fractal_depth_range", "1,6"], ["fractal_depth_range", "H^2"]),
+    (["--learning_rate", "1e-4", "--min_lr", "1e-3"], ["min_lr", "learning_rate"]),
+    (["--device", "gpu"], ["--device", "cuda"]),
+    (["--config", "nowhere.json"], ["nowhere.json"]),
+    (["--compile", "maybe"], ["--compile", "boolean"]),
+    (["stray"], ["stray"]),
+])
+def test_mistakes_are_one_line_each(folder, capsys, flags, words):
+    line, = refused(capsys, *flags)
+    assert all(word in line for word in words)
+
+
+def test_mistakes_in_the_file_name_file_key_value_and_nearest_key(folder, capsys):
+    file = folder / "mine.json"
+    file.write_text(json.dumps({"config": {"n_embed": 3, "dropout": 1.5, "seed": 2}, "batch_size": 3, "devise": "cpu"}))
+    text = "\n".join(refused(capsys, "--config", file))
+    for words in ("config.n_embed; the nearest is n_embd", "dropout is 1.5", "seed belongs outside",
+                  "batch_size belongs inside", "devise; the nearest is device"):
+        assert words in text
+    file.write_text('{"config": {"n_embd": 64,}}')
+    line, = refused(capsys, "--config", file)
+    assert "line 1, column" in line
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit):
+        train.load_config(["--help"])
+    text = capsys.readouterr().out
+    for key, field in train.KEYS.items():
+        if key != "$schema":
+            assert f"--{key} VALUE" in text and field.description.split()[0] in text
+
+
+# -- a run and its files
+
+def same(a, b, path=""):
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}.{i}")
+    else:
+        assert a == b or a != a, path
+
+
+@pytest.mark.parametrize("extra", [
+    ["--dropout", "0.1"],
+    ["--optimizer", "muon", "--gradient_accumulation_steps", "2"],
+    ["--sequential", "false", "--position", "learned"],
+    pytest.param(["--compile", "true"], marks=pytest.mark.slow),
+], ids=["adamw-dropout", "muon-accumulation", "windows-learned", "compiled"])
+def test_resume_is_bit_for_bit(folder, extra):
+    common = ["--max_iters", 20, "--checkpoint_interval", 10, "--eval_interval", 5, *extra]
+    run(*common)
+    whole = train.load_checkpoint(folder / "checkpoints/checkpoint_step_000020.pt")
+    (folder / "checkpoints/checkpoint_step_000020.pt").unlink()
+    run(*common, "--init_from", "resume")
+    resumed = train.load_checkpoint(folder / "checkpoints/checkpoint_step_000020.pt")
+    assert resumed["seconds"] > 0
+    for checkpoint in (whole, resumed):
+        del checkpoint["seconds"], checkpoint["config"]["init_from"]
+    same(whole, resumed)
+    steps = [m["step"] for m in map(json.loads, (folder / "checkpoints/metrics.jsonl").read_text().splitlines())]
+    assert steps == sorted(steps) and Counter(steps) == {5: 1, 10: 2, 15: 1, 20: 2}
+
+
+def test_files_of_a_run(folder):
+    this = run("--max_iters", 20, "--checkpoint_interval", 5, "--keep_checkpoints", 2, "--eval_interval", 10)
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert [n for n in names if n.endswith(".pt")] == ["best_model.pt", "checkpoint_step_000015.pt",
+                                                       "checkpoint_step_000020.pt"]
+    assert {"loss.png", "metrics.jsonl"} <= set(names) and any(n.startswith("events.out.tfevents") for n in names)
+    assert not any(".tmp" in n for n in names)
+    checkpoint = torch.load(folder / "checkpoints/best_model.pt", weights_only=True)
+    assert {"format", "model", "model_args", "optimizer", "step", "tokens", "rng", "loader", "state", "config",
+            "tokenizer", "best_val_loss"} <= checkpoint.keys()
+    assert checkpoint["model_args"]["fractal_depths"] == this.model.config.fractal_depths
+    lines = [json.loads(line) for line in (folder / "checkpoints/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        keys = {"step", "tokens", "seconds"}
+        assert line.keys() in ({*keys, "train_loss", "learning_rate", "grad_norm", "tokens_per_second"},
+                               {*keys, "val_loss", "val_loss_reset", "val_bits_per_byte", "params"})
+        assert line["tokens"] == line["step"] * 32
+    vals = [line for line in lines if "val_loss" in line]
+    assert vals[-1]["params"] == sum(p.numel() for p in this.model.parameters())
+    assert vals[-1]["val_bits_per_byte"] == pytest.approx(vals[-1]["val_loss"] / math.log(2), rel=1e-6)
+
+
+def test_validation_losses_cover_the_split_once(folder):
+    """Both numbers against a float64 model that reads the whole split (or each block) in one call."""
+    this = run("--max_iters", 3, "--eval_lanes", 1, "--eval_iters", "null", "--batch_size", 4)
+    best = train.load_checkpoint(folder / "checkpoints/best_model.pt")
+    model = GPT(GPTConfig(**best["model_args"])).double().eval()
+    model.load_state_dict(best["model"])
+    tokens = torch.as_tensor(this.val_tokens.astype("int64"))
+    x, y = tokens[:-1], tokens[1:]
+    y = torch.where(y == this.tokenizer.eot, -1, y)
+    vals = [m for m in this.metrics if "val_loss" in m][-1]
+    with torch.no_grad():
+        carried = model(x[None], y[None], reset=(x == 256)[None])[1].item()
+        alone = [(model(x[None, i:i + 16], y[None, i:i + 16], reset=(x == 256)[None, i:i + 16])[1].item(),
+                  (y[i:i + 16] >= 0).sum().item()) for i in range(0, len(x), 16)]
+    assert vals["val_loss"] == pytest.approx(carried, abs=2e-5)
+    assert vals["val_loss_reset"] == pytest.approx(sum(a * n for a, n in alone) / sum(n for _, n in alone), abs=2e-5)
+
+
+def test_a_new_run_never_writes_over_another(folder, capsys):
+    run("--max_iters", 2)
+    first = (folder / "checkpoints/best_model.pt").read_bytes()
+    run("--max_iters", 2, "--seed", 5)
+    assert (folder / "checkpoints/run_001/best_model.pt").read_bytes() == first
+    assert (folder / "checkpoints/run_001/metrics.jsonl").exists()
+    assert "run_001" in capsys.readouterr().out
+    run("--max_iters", 2, "--init_from", folder / "checkpoints/run_001/best_model.pt")
+    assert (folder / "checkpoints/run_002").is_dir()
+
+
+def test_resume_refuses_another_run_and_names_both_values(folder, capsys):
+    run("--max_iters", 4)
+    with pytest.raises(train.RunError, match=r"block_size is 8 but 16 in the checkpoint"):
+        run("--max_iters", 8, "--init_from", "resume", "--block_size", 8)
+    with pytest.raises(train.RunError, match="seed"):
+        run("--max_iters", 8, "--init_from", "resume", "--seed", 3)
+    run("--max_iters", 4, "--init_from", "resume")
+    assert "already at step 4" in capsys.readouterr().out
+    run("--max_iters", 6, "--learning_rate", 1e-4, "--init_from", "resume")
+    (folder / "dataset/another.txt").write_text("more")
+    with pytest.raises(train.RunError, match="data set"):
+        run("--max_iters", 8, "--init_from", "resume")
+
+
+def test_resume_passes_over_a_damaged_checkpoint(folder, capsys):
+    run("--max_iters", 4, "--checkpoint_interval", 2)
+    newest = folder / "checkpoints/checkpoint_step_000004.pt"
+    newest.write_bytes(newest.read_bytes()[:2000])
+    this = run("--max_iters", 4, "--init_from", "resume")
+    assert this.step == 4 and "damaged" in capsys.readouterr().out
+    assert train.load_checkpoint(newest)["step"] == 4
+
+
+def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
+    settings = train.load_config([*TINY, "--max_iters", "30", "--max_bad_steps", "3"])
+    this = train.Run(settings, torch.device("cpu"), 0, 1)
+    forward, calls = this.model.forward, Counter()
+
+    def sometimes_nan(*args, **kw):
+        logits, loss, state = forward(*args, **kw)
+        calls["n"] += 1
+        return logits, loss * math.nan if calls["n"] in (2, 5, 6, 7) else loss, state
+
+    this.model.forward = sometimes_nan
+    before = {}
+    step = this.train_step
+
+    def watched():
+        weights = {k: v.clone() for k, v in this.model.state_dict().items()}
+        state = this.state
+        out = step()
+        unchanged = all(torch.equal(v, weights[k]) for k, v in this.model.state_dict().items())
+        before[this.step] = (unchanged, this.state is state)
+        return out
+
+    this.train_step = watched
+    with pytest.raises(train.RunError, match="not finite in 3 steps in a row, up to step 7"):
+        this.main()
+    assert {s: v for s, v in before.items() if v == (True, True)}.keys() == {2, 5, 6, 7}
+
+
+def test_accumulation_is_one_larger_batch(folder):
+    """Two batches of one row, seen as random windows, give the gradient of their concatenation."""
+    flags = ["--batch_size", "1", "--gradient_accumulation_steps", "2", "--sequential", "false", "--fractal_drop", "0",
+             "--fractal_level_drop", "0", "--grad_clip", "0"]
+    this = train.Run(train.load_config([*TINY, *flags]), torch.device("cpu"), 0, 1)
+    batches = [this.loader.next_batch() for _ in range(2)]
+    batches[1][1][:, :5] = -1  # unequal counts of targets
+    this.loader.next_batch = iter(batches).__next__
+    grads = {}
+    this.optimizers[0].step = lambda: grads.update({n: p.grad.clone() for n, p in this.model.named_parameters()})
+    loss, _, _ = this.train_step()
+    x, y, reset = (torch.cat(t) for t in zip(*batches))
+    this.model.zero_grad()
+    _, expected, _ = this.model(x, y, reset=reset)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, p in this.model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rate_schedule():
+    config = train.Config(max_iters=1000, learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=500)
+    rates = [train.learning_rate_at(step, config, 1000) for step in range(1000)]
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert rates[255] == pytest.approx(0.55, abs=1e-9) and rates[500:] == [0.1] * 500
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_decay_and_muon_take_the_right_parameters():
+    config = train.Config(n_embd=[16, 8], attention_type=["mamba", "fractal"], vocab_size=11, optimizer="muon",
+                          fractal_dim_range=[8, 8], bias=True)
+    model = GPT(config)
+    names = {id(p): n for n, p in model.named_parameters()}
+    adamw, muon = train.make_optimizers(model, config, torch.device("cpu"))
+    decayed, plain = ({names[id(p)] for p in g["params"]} for g in adamw.param_groups)
+    hidden = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert decayed == {"wte.weight", "lm_head.weight"} and adamw.param_groups[1]["weight_decay"] == 0
+    assert decayed | plain | hidden == set(names.values())
+    assert all(re.search(r"A_log|\.D$|\.a$|conv|ln_|bias", n) for n in plain)
+    assert all(re.search(r"in_proj|x_proj|dt_proj|out_proj|c_fc|c_proj|resize|W_in|W_out|\.M\.", n) for n in hidden)
+
+
+def test_a_hybrid_learns_a_real_text(folder):
+    """Well below the entropy of single bytes, in half a minute."""
+    for path in (folder / "dataset").iterdir():
+        path.unlink()
+    library = Path(os.__file__).parent
+    text = "".join((library / f"{name}.py").read_text() for name in ("argparse", "typing", "tarfile", "inspect"))
+    (folder / "dataset/library.txt").write_text(text)
+    counts = Counter(text.encode())
+    total = sum(counts.values())
+    unigram = -sum(n / total * math.log(n / total) for n in counts.values())
+    this = run("--max_iters", 150, "--n_embd", "64,48,64", "--batch_size", 8, "--block_size", 64, "--learning_rate",
+               4e-3, "--eval_interval", 150, "--eval_iters", 20)
+    assert this.best_val_loss < 0.75 * unigram
+
+
+# -- signals and processes
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_prints_the_command_that_resumes(folder, number):
+    process = command("--max_iters", 100000, "--eval_interval", 100000, "--checkpoint_interval", 100000)
+    metrics = folder / "checkpoints/metrics.jsonl"
+    deadline = time.time() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    step = int(re.search(r"stopped at step (\d+)", out)[1])
+    assert "--init_from resume" in out
+    assert train.load_checkpoint(folder / f"checkpoints/checkpoint_step_{step:06d}.pt")["step"] == step
+
+
+def test_two_processes_are_one_larger_batch(folder):
+    """DDP over gloo with two rows a process takes the same steps as one process with four."""
+    common = ["--max_iters", 5, "--fractal_drop", 0, "--fractal_level_drop", 0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531",
+                str(ROOT / "train.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *TINY, *map(str, common), "--checkpoint_dir", "two"], capture_output=True,
+                          text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("best_model.pt") == 1  # one process speaks
+    run(*common, "--batch_size", 4, "--checkpoint_dir", "one")
+    two, one = (train.load_checkpoint(folder / f"{n}/checkpoint_step_000005.pt") for n in ("two", "one"))
+    assert len(two["rng"]) == len(two["state"]) == 2 and two["tokens"] == one["tokens"]
+    for name, p in one["model"].items():
+        torch.testing.assert_close(two["model"][name], p, rtol=2e-3, atol=2e-5)
+    done = subprocess.run([*torchrun, *TINY, *map(str, common), "--checkpoint_dir", "two", "--init_from", "resume",
+                           "--max_iters", "7"], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "two/checkpoint_step_000007.pt").exists()

@@ -1,0 +1,811 @@
+"""
+The training run. `uv run train.py` trains what current_configuration.json describes; every key is also a flag.
+
+One process on a CPU or a GPU, or one for each device with `uv run torchrun --nproc_per_node=N train.py` (DDP).
+Top to bottom: the configuration, the files of a run, optimizer and schedule, evaluation, the loop.
+"""
+
+import time
+
+START = time.time()  # before the slow imports: a run's seconds count from here
+
+import argparse
+import contextlib
+import difflib
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from model import GPT, GPTConfig, Probability, map_state
+from prepare import DataError, DataLoader, Tokenizer, eval_blocks, eval_lanes, load_corpus
+from sample import generate
+
+CONFIG_FILE = Path("current_configuration.json")
+SCHEMA_FILE = Path("current_configuration.schema.json")
+RUN_FILES = ("checkpoint_step_*.pt", "best_model.pt", "metrics.jsonl", "loss.png", "events.out.tfevents.*")
+LOG_EVERY = 10  # steps between two training lines of metrics.jsonl
+SAMPLE_TOKENS = 200  # tokens of the sample shown at every evaluation
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+class Config(GPTConfig):
+    """The "config" object of the file: the model's keys, and those of data and optimisation."""
+
+    tokenizer: str = Field("byte", description="byte, gpt2 or another tiktoken name")
+    batch_size: PositiveInt = Field(16, description="rows of a step, for each process")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="batches summed into one optimizer step")
+    sequential: bool = Field(True, description="contiguous streams with the state carried; false: random windows")
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the token stream, its end, kept for validation")
+    max_iters: PositiveInt | None = Field(None, description="optimizer steps; null: as epochs says, or 2000")
+    epochs: PositiveFloat | None = Field(None, description="passes over the training split, in place of max_iters")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for hidden matrices, AdamW elsewhere")
+    learning_rate: PositiveFloat = Field(2e-3, description="highest learning rate")
+    min_lr: NonNegativeFloat | None = Field(None, description="last learning rate; null: learning_rate / 10")
+    warmup_iters: NonNegativeInt | None = Field(None, description="warm-up steps; null: min(100, max_iters / 20)")
+    lr_decay_iters: PositiveInt | None = Field(None, description="step where the cosine ends; null: max_iters")
+    weight_decay: NonNegativeFloat = Field(0.1, description="decay of the matrices of linear and embedding layers")
+    beta1: Probability = Field(0.9, description="AdamW's first beta")
+    beta2: Probability = Field(0.99, description="AdamW's second beta")
+    grad_clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0: no clipping")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the matrix products")
+    eval_interval: PositiveInt = Field(250, description="steps between evaluations")
+    eval_iters: PositiveInt | None = Field(None, description="batches of an evaluation; null: the validation split")
+    eval_lanes: PositiveInt = Field(16, description="contiguous streams the validation split is read in")
+    checkpoint_interval: PositiveInt = Field(500, description="steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
+    max_bad_steps: PositiveInt = Field(20, description="skipped steps (loss or gradient not finite) in a row that stop")
+
+    @model_validator(mode="after")
+    def _check_training(self):
+        mistakes = []
+        if self.max_iters is not None and self.epochs is not None:
+            mistakes.append(f"epochs: {self.epochs} beside max_iters {self.max_iters}; give one of the two")
+        if self.max_iters is None and self.epochs is None:
+            self.max_iters = 2000
+        if self.min_lr is None:
+            self.min_lr = self.learning_rate / 10
+        if self.min_lr > self.learning_rate:
+            mistakes.append(f"min_lr: {self.min_lr} is above learning_rate {self.learning_rate}")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+
+class Settings(BaseModel):
+    """The whole file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    schema_file: str | None = Field(None, alias="$schema", description="the schema an editor completes from")
+    config: Config = Field(default_factory=Config, description="model, data and optimisation")
+    dataset: str = Field("dataset", description="folder of the training text")
+    checkpoint_dir: str = Field("checkpoints", description="folder of checkpoints, metrics and plots")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 or mps")
+    compile: bool = Field(True, description="compile model and CPU kernels with torch.compile where that is possible")
+    seed: NonNegativeInt = Field(1337, description="seed of initialisation, data order and dropout")
+    init_from: str = Field("scratch", description="scratch, resume, or a checkpoint to start from")
+
+
+DEFAULT_FILE = {
+    "$schema": SCHEMA_FILE.name,
+    "config": {
+        "tokenizer": "byte",
+        "batch_size": 16,
+        "block_size": 128,
+        "n_embd": [192, 128, 96, 96, 128, 192],
+        "attention_type": ["mamba", "fractal", "standard", "mamba", "fractal", "standard"],
+        "n_head": None,
+        "max_iters": 1500,
+        "learning_rate": 3e-3,
+        "eval_interval": 250,
+        "eval_iters": 50,
+    },
+    "dataset": "dataset",
+    "checkpoint_dir": "checkpoints",
+    "device": "auto",
+    "compile": True,
+    "seed": 1337,
+}
+PER_LAYER = ("n_embd", "n_head", "attention_type", "ffn_mult")
+OUTER = {(field.alias or name): field for name, field in Settings.model_fields.items() if name != "config"}
+KEYS = {**Config.model_fields, **OUTER}
+
+
+def format_json(settings: dict) -> str:
+    """JSON with one key a line and lists on their key's line."""
+    def lines(obj, indent):
+        for i, (key, value) in enumerate(obj.items()):
+            comma = "," if i < len(obj) - 1 else ""
+            if isinstance(value, dict):
+                yield f"{indent}{json.dumps(key)}: {{"
+                yield from lines(value, indent + "    ")
+                yield f"{indent}}}{comma}"
+            else:
+                yield f"{indent}{json.dumps(key)}: {json.dumps(value)}{comma}"
+    return "\n".join(["{", *lines(settings, "    "), "}"]) + "\n"
+
+
+def write_atomically(path: Path, text: str):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def parse_value(key: str, text: str):
+    """A flag's text as the value its key takes: JSON, a,b,c as a list, anything else as a string."""
+    if KEYS[key].annotation is str:
+        return text
+    if "," in text and not text.startswith(("[", "{")):
+        return [parse_value(key, part) for part in text.split(",")]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def unknown_key(key: str, where: str, flag: str = "") -> str:
+    nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
+    return f"{where}: unknown key {flag}{key}" + (f"; the nearest is {flag}{nearest[0]}" if nearest else "")
+
+
+def read_flags(argv: list[str]) -> tuple[Path | None, dict, list[str]]:
+    parser = argparse.ArgumentParser(
+        usage="uv run train.py [--config FILE] [--KEY VALUE ...]", allow_abbrev=False,
+        description="Train the model that current_configuration.json describes. Every key is also a flag, and flags "
+                    "win: --batch_size 8 --n_embd 64,32,64 --compile false")
+    parser.add_argument("--config", type=Path, help=f"configuration file (default: {CONFIG_FILE})")
+    for key, field in KEYS.items():
+        if key != "$schema":
+            default = json.dumps(field.get_default(call_default_factory=True))
+            parser.add_argument(f"--{key}", metavar="VALUE", help=f"{field.description} (default: {default})")
+    parser.exit_on_error = False
+    try:
+        known, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        return None, {}, [f"flags: {error}"]
+    mistakes = [unknown_key(word[2:].split("=")[0], "flags", "--") for word in unknown if word.startswith("--")]
+    if unknown and not mistakes:
+        mistakes = [f"flags: {unknown[0]} belongs to no key; write --key value"]
+    flags = {key: parse_value(key, text) for key, text in vars(known).items() if key != "config" and text is not None}
+    return known.config, flags, mistakes
+
+
+def read_file(path: Path) -> tuple[dict, list[str]]:
+    """The file's keys in one flat dict, and its mistakes of form."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, [f"{path}: no such file; name another with --config, or leave --config out"]
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, [f"{path}: cannot be read: {error}"]
+    except json.JSONDecodeError as error:
+        return {}, [f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"]
+    if not isinstance(content, dict) or not isinstance(content.get("config", {}), dict):
+        return {}, [f'{path}: must be an object whose "config" is an object']
+    mistakes, flat = [], {}
+    for inside, section in (("config", content.get("config", {})), ("", content)):
+        for key, value in section.items():
+            if key not in KEYS and (inside or key != "config"):
+                mistakes.append(unknown_key(f"{inside}.{key}" if inside else key, str(path)))
+            elif key in KEYS and (key in Config.model_fields) != bool(inside):
+                mistakes.append(f'{path}: {key} belongs {"outside" if inside else "inside"} the "config" object')
+            elif key != "config":
+                flat[key] = value
+    return flat, mistakes
+
+
+def layer_counts(level: dict) -> dict[str, int]:
+    counts = {key: len(level[key]) for key in PER_LAYER if isinstance(level.get(key), list)}
+    return counts | ({"n_layer": level["n_layer"]} if isinstance(level.get("n_layer"), int) else {})
+
+
+def merge(file: dict, flags: dict, where: str) -> tuple[dict, list[str], list[str]]:
+    """Flags over file. Lists given at one level must agree in length; where the flags set the number of layers, the
+    file's lists are cut to it or repeated, and its n_layer gives way. Returns the keys, notes on that, mistakes."""
+    notes, mistakes = [], []
+    for level, name in ((file, where), (flags, "flags")):
+        counts = layer_counts(level)
+        if len(set(counts.values())) > 1:
+            described = ", ".join(f"{key} has {n}" for key, n in counts.items())
+            mistakes.append(f"{name}: layers do not agree: {described}; make them equal, or give one value for all")
+    merged = dict(file)
+    if "epochs" in flags:
+        merged.pop("max_iters", None)
+    if "max_iters" in flags:
+        merged.pop("epochs", None)
+    wanted = set(layer_counts(flags).values())
+    if len(wanted) == 1 and not mistakes:
+        n_layer = wanted.pop()
+        merged.pop("n_layer", None)
+        for key in PER_LAYER:
+            value = file.get(key)
+            if key not in flags and isinstance(value, list) and value and len(value) != n_layer:
+                merged[key] = [value[i % len(value)] for i in range(n_layer)]
+                notes.append(f"{key}: the file's {len(value)} entries made {n_layer}: {json.dumps(merged[key])}")
+    return merged | flags, notes, mistakes
+
+
+def explain(error: ValidationError, flags: dict, where: str) -> list[str]:
+    """One line for each key that pydantic found wrong: where it stands, its value, what is allowed."""
+    allowed: dict[str, list[str]] = {}
+    values, lines = {}, []
+    for e in error.errors():
+        key = next((part for part in e["loc"] if part in KEYS), None)
+        if key is None:  # a rule between keys: its message names them
+            lines += [f"{where}: {line}" for line in e["msg"].removeprefix("Value error, ").split("\n")]
+            continue
+        message = e["msg"].replace("Input should be", "must be")
+        values.setdefault(key, e["input"])
+        if message not in allowed.setdefault(key, []):
+            allowed[key].append(message)
+    return [f"flags: --{key} {values[key]}: {' or '.join(m)}" if key in flags else
+            f"{where}: {key} is {json.dumps(values[key])}: {' or '.join(m)}" for key, m in allowed.items()] + lines
+
+
+def load_config(argv: list[str] | None = None) -> Settings:
+    """Read file and flags. Mistakes are printed, one line each, and end the program with exit code 2."""
+    path, flags, mistakes = read_flags(sys.argv[1:] if argv is None else argv)
+    if path is None and not CONFIG_FILE.exists():
+        write_atomically(CONFIG_FILE, format_json(DEFAULT_FILE))
+        write_atomically(SCHEMA_FILE, json.dumps(Settings.model_json_schema(by_alias=True), indent=2) + "\n")
+        print(f"{CONFIG_FILE} was missing: wrote the default one")
+    where = path or CONFIG_FILE
+    file, file_mistakes = read_file(where)
+    merged, notes, merge_mistakes = merge(file, flags, str(where))
+    mistakes += file_mistakes + merge_mistakes
+    settings = None
+    if not merge_mistakes:
+        try:
+            settings = Settings(config=Config(**{k: v for k, v in merged.items() if k in Config.model_fields}),
+                                **{k: v for k, v in merged.items() if k in OUTER})
+        except ValidationError as error:
+            mistakes += explain(error, flags, str(where))
+    if not mistakes and settings.device.startswith("cuda") and not torch.cuda.is_available():
+        mistakes = [f'device: "{settings.device}", but PyTorch sees no CUDA device here; '
+                    'set "device": "auto" in the file or add --device cpu']
+    if not mistakes and settings.device == "mps" and not torch.backends.mps.is_available():
+        mistakes = ['device: "mps", but PyTorch sees no such device here; set "device": "auto" or add --device cpu']
+    for line in mistakes:
+        print(f"error: {line}", file=sys.stderr)
+    if mistakes:
+        sys.exit(2)
+    for note in notes:
+        print(f"note: {note}")
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a run
+
+
+class RunError(Exception):
+    """A mistake that only shows once the run's files are read; its text is one line."""
+
+
+def archive_run(folder: Path):
+    """Move an earlier run's files into folder/run_001 (002, ...), so that a new run never writes over them."""
+    files = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
+    if not files:
+        return
+    number = 1 + max((int(p.name[4:]) for p in folder.glob("run_*") if p.name[4:].isdigit()), default=0)
+    target = folder / f"run_{number:03d}"
+    target.mkdir()
+    for path in files:
+        path.rename(target / path.name)
+    print(f"moved the {len(files)} files of an earlier run into {target}/ (--init_from resume would have continued it)")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """checkpoint_step_*.pt, oldest step first."""
+    numbered = [(int(m[1]), path) for path in folder.glob("checkpoint_step_*.pt")
+                if (m := re.fullmatch(r"checkpoint_step_(\d+)\.pt", path.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+def save_atomically(checkpoint: dict, path: Path):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"init_from: {path}: no such checkpoint") from None
+    except Exception as error:
+        raise RunError(f"init_from: {path} is damaged or no checkpoint ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
+        raise RunError(f"init_from: {path} is not a checkpoint of this program")
+    return checkpoint
+
+
+def newest_checkpoint(folder: Path) -> dict:
+    """The newest checkpoint_step that loads; damaged ones are named and passed over."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            checkpoint = load_checkpoint(path)
+            print(f"resuming from {path}")
+            return checkpoint
+        except RunError as error:
+            print(f"warning: {error}; trying the one before")
+    raise RunError(f"init_from: no checkpoint_step_*.pt to resume in {folder}/; leave --init_from out to start a run")
+
+
+FIXED = (*GPTConfig.model_fields, "tokenizer", "batch_size", "gradient_accumulation_steps", "sequential",
+         "val_fraction", "optimizer", "weight_decay", "beta1", "beta2")
+
+
+def check_resumable(checkpoint: dict, settings: Settings, fingerprint: str, world_size: int):
+    """A resumed run must be the same run: every key it depends on agrees with the checkpoint's."""
+    then, now = checkpoint["config"], settings.model_dump(by_alias=True)
+    different = [f"{key} is {now['config'][key]} but {then['config'][key]} in the checkpoint"
+                 for key in FIXED if now["config"][key] != then["config"][key]]
+    if now["seed"] != then["seed"]:
+        different.append(f"seed is {now['seed']} but {then['seed']} in the checkpoint")
+    if len(checkpoint["rng"]) != world_size:
+        different.append(f"there are {world_size} processes but {len(checkpoint['rng'])} in the checkpoint")
+    if checkpoint["loader"]["fingerprint"] != fingerprint:
+        different.append("the data set's content has changed since the checkpoint")
+    if different:
+        raise RunError(f"init_from resume: {'; '.join(different)}; change it back, or start anew without --init_from")
+
+
+def read_metrics(path: Path, last_step: int) -> list[dict]:
+    """The lines of metrics.jsonl up to a step; a line cut short by a kill is left out."""
+    metrics = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                metrics.append(json.loads(line))
+    return [m for m in metrics if m["step"] <= last_step]
+
+
+def plot_losses(metrics: list[dict], path: Path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, style in (("train_loss", {"lw": 0.8, "alpha": 0.6}), ("val_loss", {"marker": "o"}),
+                       ("val_loss_reset", {"marker": "o", "ls": "--"})):
+        points = [(m["step"], m[key]) for m in metrics if key in m]
+        if points:
+            ax.plot(*zip(*points), label=key, markersize=3, **style)
+    ax.set(xlabel="step", ylabel="nats per token")
+    ax.grid(alpha=0.3)
+    if ax.lines:
+        ax.legend()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer, schedule, evaluation
+
+
+def make_optimizers(model: GPT, config: Config, device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW with decay on the weights of Linear and Embedding, without on all else (A_log, D, a, convolutions, norms,
+    biases); with "muon" the Linear weights inside the layers go to Muon, its update scaled to AdamW's size so that
+    both share one learning rate."""
+    matrices = {id(m.weight): m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    hidden = {id(m.weight) for part in (model.h, model.skip) for m in part.modules() if isinstance(m, nn.Linear)}
+    if config.optimizer == "adamw":
+        hidden = set()
+    groups = [
+        {"params": [p for i, p in matrices.items() if i not in hidden], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in matrices], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cpu", "cuda"))]
+    if hidden:
+        params = [p for i, p in matrices.items() if i in hidden]
+        optimizers.append(torch.optim.Muon(params, lr=config.learning_rate, weight_decay=config.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def learning_rate_at(step: int, config: Config, max_iters: int) -> float:
+    """Linear warm-up, then half a cosine down to min_lr."""
+    warmup = min(100, max_iters // 20) if config.warmup_iters is None else config.warmup_iters
+    end = config.lr_decay_iters or max_iters
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, end - warmup))
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batches, device, autocast, token_bytes, carried: bool, rank: int, world_size: int):
+    """Mean nats a token and bits a byte over batches of (x, y, reset), the state carried from one to the next or not.
+    Each process takes its share of the rows."""
+    model.eval()
+    sums = [0.0, 0, 0]  # nats, tokens, bytes
+    state = None
+    for batch in batches:
+        x, y, reset = (t[rank::world_size].to(device) for t in batch)
+        if len(x) == 0:
+            continue
+        with autocast:
+            _, loss, state = model(x, y, state=state, reset=reset)
+        state = model.next_block(state) if carried else None
+        seen = y[y >= 0]
+        for i, value in enumerate((loss.item() * len(seen), len(seen), token_bytes[seen].sum().item())):
+            sums[i] += value
+    model.train()
+    if world_size > 1:
+        gathered = torch.tensor(sums, dtype=torch.float64, device=device)
+        dist.all_reduce(gathered)
+        sums = gathered.tolist()
+    nats, tokens, n_bytes = sums
+    return nats / max(1, tokens), nats / math.log(2) / max(1, n_bytes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it, float32 elsewhere (float16 needs to be asked for)."""
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        else:
+            fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+            name = "bfloat16" if fast else "float32"
+    return getattr(torch, name)
+
+
+def can_compile(device: torch.device) -> str:
+    """Why torch.compile cannot work here, or nothing."""
+    if device.type == "cuda":
+        return "" if torch.cuda.get_device_capability(device) >= (7, 0) else "this GPU is too old for Triton"
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        return "" if compiler else "no C++ compiler was found"
+    return f"it is not supported on {device.type}"
+
+
+def resume_command(max_iters: int | None = None) -> str:
+    """The command line that goes on with this run, to another max_iters if one is given."""
+    changed = {"--init_from": "resume"} | ({"--max_iters": str(max_iters)} if max_iters else {})
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        if name not in changed and not (max_iters and name == "--epochs"):
+            kept.append(word)
+        elif not has_value:
+            next(words, None)
+    return shlex.join(["uv", "run", "train.py", *kept, *itertools.chain(*changed.items())])
+
+
+class Run:
+    """One process's part of a training run: what stays fixed, then what every step changes."""
+
+    def __init__(self, settings: Settings, device: torch.device, rank: int, world_size: int):
+        self.settings, self.config = settings, settings.config
+        self.device, self.rank, self.world_size = device, rank, world_size
+        self.say = tqdm.write if rank == 0 else lambda *_: None
+        self.folder = Path(settings.checkpoint_dir)
+        self.load_data()
+        checkpoint = self.find_checkpoint()
+        self.build_model(checkpoint)
+        self.step, self.tokens, self.best_val_loss, self.seconds_before = 0, 0, math.inf, 0.0
+        self.metrics, self.writer = [], None
+        self.state = self.model.initial_state(self.config.batch_size, self.dtype) if self.config.sequential else None
+        torch.manual_seed(settings.seed + 1 + rank)
+        if settings.init_from == "resume":
+            self.restore(checkpoint)
+        self.stopping = False
+
+    def load_data(self):
+        config = self.config
+        self.tokenizer = Tokenizer(config.tokenizer)
+        self.corpus = corpus = load_corpus(self.settings.dataset, self.tokenizer, progress=self.rank == 0)
+        train_tokens, self.val_tokens = corpus.split(config.val_fraction)
+        self.loader = DataLoader(train_tokens, config.batch_size, config.block_size, self.tokenizer.eot,
+                                 config.sequential, self.settings.seed, self.rank, self.world_size)
+        self.token_bytes = torch.as_tensor(self.tokenizer.token_bytes, device=self.device)
+        accumulation = config.gradient_accumulation_steps
+        self.tokens_per_step = self.world_size * accumulation * config.batch_size * config.block_size
+        self.max_iters = config.max_iters or math.ceil(config.epochs * self.loader.steps_per_epoch / accumulation)
+        names = ", ".join(path.name for path in corpus.files[:6]) + (" ..." if len(corpus.files) > 6 else "")
+        origin = f" of Python's own library, as {self.settings.dataset}/ is empty" if corpus.is_default else ""
+        self.say(f"text: {corpus.n_bytes:,} bytes in {len(corpus.files)} files ({names}){origin}")
+        self.say(f"tokens: {len(train_tokens):,} to train, {len(self.val_tokens):,} to validate; "
+                 f"tokenizer {self.tokenizer.name}")
+
+    def find_checkpoint(self) -> dict | None:
+        init_from = self.settings.init_from
+        if init_from == "scratch":
+            return None
+        if init_from == "resume":
+            checkpoint = newest_checkpoint(self.folder)
+            check_resumable(checkpoint, self.settings, self.corpus.fingerprint, self.world_size)
+            return checkpoint
+        checkpoint = load_checkpoint(Path(init_from))
+        if checkpoint["tokenizer"] != self.tokenizer.name:
+            raise RunError(f"tokenizer: {self.tokenizer.name}, but {init_from} was trained on "
+                           f"{checkpoint['tokenizer']}; add --tokenizer {checkpoint['tokenizer']}")
+        return checkpoint
+
+    def build_model(self, checkpoint: dict | None):
+        config, settings, n_vocab = self.config, self.settings, self.tokenizer.n_vocab
+        self.model_args = {key: value for key, value in config.model_dump().items() if key in GPTConfig.model_fields}
+        if config.vocab_size is not None and config.vocab_size < n_vocab:
+            raise RunError(f"vocab_size: {config.vocab_size}, but the tokenizer has {n_vocab}; set it to null")
+        self.model_args["vocab_size"] = config.vocab_size or n_vocab
+        if checkpoint is not None:
+            theirs = checkpoint["model_args"] | {"dropout": config.dropout}
+            changed = [key for key in self.model_args if self.model_args[key] != theirs[key]]
+            if changed:
+                self.say(f"note: the model is the checkpoint's; the configuration differs in: {', '.join(changed)}")
+            self.model_args = theirs
+        torch.manual_seed(settings.seed)
+        self.model = GPT(GPTConfig(**self.model_args))
+        if checkpoint is not None:
+            self.model.load_state_dict(checkpoint["model"])
+        self.model.to(self.device)
+        self.say(self.model.layer_table())
+
+        self.dtype = choose_dtype(config.dtype, self.device)
+        self.autocast = (contextlib.nullcontext() if self.dtype == torch.float32 else
+                         torch.autocast(self.device.type, self.dtype))
+        self.optimizers = make_optimizers(self.model, config, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        reason = can_compile(self.device) if settings.compile else ""
+        if reason:
+            self.say(f"compile: true, but {reason}; going on without")
+        compiled = settings.compile and not reason
+        self.step_model = torch.compile(self.model, dynamic=False) if compiled else self.model
+        if self.world_size > 1:
+            self.step_model = DDP(self.step_model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        how = f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}"
+        self.say(f"{how}: {self.max_iters} steps of {self.tokens_per_step:,} tokens")
+
+    def restore(self, checkpoint: dict):
+        self.step, self.tokens = checkpoint["step"], checkpoint["tokens"]
+        self.best_val_loss, self.seconds_before = checkpoint["best_val_loss"], checkpoint["seconds"]
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer"]):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.loader.load_state_dict(checkpoint["loader"])
+        self.state = map_state(lambda t: t.to(self.device), checkpoint["state"][self.rank])
+        torch.set_rng_state(checkpoint["rng"][self.rank]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["rng"][self.rank]["cuda"])
+
+    def snapshot(self) -> dict:
+        """The whole run as plain values and tensors; all processes call this together."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        ranks = mine = [(rng, map_state(lambda t: t.cpu(), self.state))]
+        if self.world_size > 1:
+            ranks = [None] * self.world_size
+            dist.all_gather_object(ranks, mine[0])
+        return {
+            "format": 1, "model": self.model.state_dict(), "model_args": self.model_args,
+            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds(), "best_val_loss": self.best_val_loss,
+            "rng": [r for r, _ in ranks], "state": [s for _, s in ranks],
+            "loader": self.loader.state_dict() | {"fingerprint": self.corpus.fingerprint},
+            "config": self.settings.model_dump(by_alias=True), "tokenizer": self.tokenizer.name,
+        }
+
+    def save(self, name: str):
+        run = self.snapshot()
+        if self.rank == 0:
+            save_atomically(run, self.folder / name)
+            for path in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
+                path.unlink()
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.time() - START
+
+    def open_logs(self):
+        if self.rank > 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.settings.init_from != "resume":
+            archive_run(self.folder)
+        self.metrics = read_metrics(self.folder / "metrics.jsonl", self.step)
+        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+
+    def log(self, **values):
+        if self.rank > 0:
+            return
+        self.metrics.append({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds(), 3), **values})
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(self.metrics[-1]) + "\n")
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, self.step)
+
+    def evaluate(self):
+        """Both validation losses, the best model, the plot and a sample; leaves the training state as it was."""
+        config, eot = self.config, self.tokenizer.eot
+        lanes = eval_lanes(self.val_tokens, config.eval_lanes, config.block_size, eot)
+        blocks = eval_blocks(self.val_tokens, config.batch_size, config.block_size, eot)
+        (val_loss, bits), (reset_loss, _) = (
+            evaluate(self.model, itertools.islice(batches, config.eval_iters), self.device, self.autocast,
+                     self.token_bytes, carried, self.rank, self.world_size)
+            for batches, carried in ((lanes, True), (blocks, False)))
+        self.log(val_loss=val_loss, val_loss_reset=reset_loss, val_bits_per_byte=bits, params=self.model.num_params())
+        self.say(f"step {self.step}: val_loss {val_loss:.4f} nats/token with the state carried ({bits:.4f} bits/byte), "
+                 f"{reset_loss:.4f} with each block on its own")
+        if val_loss < self.best_val_loss:
+            self.best_val_loss = val_loss
+            self.save("best_model.pt")
+        if self.rank == 0:
+            plot_losses(self.metrics, self.folder / "loss.png")
+            generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+            start = torch.full((1, 1), eot, device=self.device)
+            with self.autocast:
+                sample = torch.cat(list(generate(self.model, start, SAMPLE_TOKENS, generator=generator))).tolist()
+            self.say(f"--- sample\n{self.tokenizer.decode(sample)}\n---")
+
+    def train_step(self) -> tuple[float, float, float]:
+        """One optimizer step over gradient_accumulation_steps batches; returns loss, learning rate, gradient norm. The
+        loss is the mean over all targets of all processes. A step whose loss or gradients are not finite is skipped."""
+        lr = learning_rate_at(self.step, self.config, self.max_iters)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+        batches = [[t.to(self.device, non_blocking=True) for t in self.loader.next_batch()]
+                   for _ in range(self.config.gradient_accumulation_steps)]
+        counts = torch.stack([(y >= 0).sum() for _, y, _ in batches])
+        total = counts.sum()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        state_before, step_loss = self.state, torch.zeros((), device=self.device)
+        for i, (x, y, reset) in enumerate(batches):
+            last = i == len(batches) - 1
+            with contextlib.nullcontext() if last or self.world_size == 1 else self.step_model.no_sync():
+                with self.autocast:
+                    _, loss, state = self.step_model(x, y, state=self.state, reset=reset)
+                share = counts[i] / total.clamp(min=1)
+                self.scaler.scale(loss * share * self.world_size).backward()  # DDP divides by the processes again
+            step_loss += loss.detach() * share
+            if self.config.sequential:  # truncated back-propagation: the state goes on, its gradient does not
+                self.state = self.model.next_block(map_state(torch.Tensor.detach, state))
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        if self.world_size > 1:
+            dist.all_reduce(step_loss)
+        if torch.isfinite(step_loss) and torch.isfinite(grad_norm):
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        else:
+            self.state = state_before
+        self.scaler.update()
+        self.step += 1
+        self.tokens += self.tokens_per_step
+        return step_loss.item(), lr, grad_norm.item()
+
+    def stop_requested(self) -> bool:
+        """Whether any process was asked to stop: all must leave the loop at the same step."""
+        if self.world_size == 1:
+            return self.stopping
+        flag = torch.tensor(float(self.stopping), device=self.device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def handle_signal(self, number, _frame):
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+    def loop(self):
+        """Train up to max_iters or until a signal; returns whether the run got to its end."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle_signal)
+        config, stop, bad_steps, losses, clock = self.config, False, 0, [], time.time()
+        self.model.train()
+        with tqdm(total=self.max_iters, initial=self.step, disable=self.rank > 0, unit="step", dynamic_ncols=True,
+                  mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+            while self.step < self.max_iters and not stop:
+                loss, lr, grad_norm = self.train_step()
+                losses.append(loss)
+                bad_steps = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else bad_steps + 1
+                if bad_steps == config.max_bad_steps:
+                    raise RunError(f"loss or gradients were not finite in {bad_steps} steps in a row, up to step "
+                                   f"{self.step}; lower learning_rate and start from a checkpoint in {self.folder}/")
+                bar.update()
+                last = self.step == self.max_iters
+                if self.step % LOG_EVERY == 0 or last:
+                    speed = len(losses) * self.tokens_per_step / (time.time() - clock)
+                    mean_loss = sum(losses) / len(losses)
+                    bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                    self.log(train_loss=mean_loss, learning_rate=lr, grad_norm=grad_norm,
+                             tokens_per_second=round(speed))
+                    losses, clock = [], time.time()
+                paused, stop = time.time(), self.stop_requested()
+                if (self.step % config.eval_interval == 0 or last) and not stop:
+                    self.evaluate()
+                if self.step % config.checkpoint_interval == 0 or last or stop:
+                    self.save(f"checkpoint_step_{self.step:06d}.pt")
+                clock += time.time() - paused
+        return not stop
+
+    def main(self):
+        if self.step >= self.max_iters:
+            self.say(f"already at step {self.step} of max_iters {self.max_iters}; raise --max_iters to train on")
+            return
+        self.open_logs()
+        finished = self.loop()
+        if self.writer is not None:
+            self.writer.close()
+        if not finished:
+            self.say(f"stopped at step {self.step} of {self.max_iters}, saved in {self.folder}/; to go on:\n"
+                     f"  {resume_command()}")
+            return
+        best = shlex.quote(str(self.folder / "best_model.pt"))
+        self.say(f"{self.step} steps, {self.tokens:,} tokens, {self.seconds() / 60:.1f} minutes; "
+                 f"lowest val_loss {self.best_val_loss:.4f}\n"
+                 f"sample:    uv run sample.py --model_path {best} --prompt 'The '\n"
+                 f"train on:  {resume_command(2 * self.max_iters)}")
+
+
+def main():
+    settings = load_config()
+    rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = choose_device(settings.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        Run(settings, device, rank, world_size).main()
+    except (RunError, DataError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
