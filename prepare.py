@@ -148,10 +148,10 @@ def _not_utf8(what, offset, name):
 # successive matches of a regex, which leave no gap, and merges bytes only inside a match. The regex never looks behind,
 # so nothing right of a cut depends on what is left of it. A cut is safe if it falls between two matches of the whole
 # text and the matches left of it stay the same when the text ends there.
-# (a) Between a non-space x and a space; for GPT-2 also a newline. No match has a space after x, as its classes other
-#     than \s exclude white space (cl100k and o200k let newlines, not spaces, end a match of punctuation). Left of the
-#     cut each repetition stops at the end as it stopped at the space, and the white space that $ and (?!\S) look at
-#     ends before x.
+# (a) Between a non-space x and a space; for GPT-2 also a newline. A space either opens a match or stands in one of
+#     white space alone, and so does a newline for GPT-2 (in cl100k and o200k newlines can end a match of punctuation),
+#     so no match holds both sides. Left of the cut each repetition stops at the end as it did at the space, and the
+#     white space that $ and (?!\S) come after has ended before x.
 # (b) cl100k and o200k: between a newline and x, x not "/" (o200k has [\r\n/]*). No match goes on from a newline to
 #     such an x. Left of the cut, white space ending in this newline is one match, of \s*[\r\n]+ or of \s++$.
 # Python's \S is inside tiktoken's: it excludes all of Unicode's White_Space, and \x1c to \x1f besides.
