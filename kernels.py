@@ -21,6 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheels outside Linux: the torch path does everything
+    triton = None
+
 CHUNK = 16  # positions between two kept states; the backward pass recomputes the states in between
 TILE = 16384  # (b, n, d) elements a chunk works on at once, so that its temporaries stay in a core's cache
 
@@ -270,9 +276,672 @@ def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
     return drows[:, span:].clone(), dweight, dbias, drows[:, :span].clone()
 
 
+# ---------------------------------------------------------------- Triton
+
+if triton is not None:
+    INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+    PTX = tl.constexpr(not INTERPRET)  # Triton's interpreter cannot run inline PTX
+    LANES, SEGMENT = 32, 128  # channels side by side; positions between two checkpoints: 8 subsequences of 16
+
+    @triton.jit
+    def _exp2(x):
+        # one instruction; tl.exp2 takes four, for results below 2^-126, which are as good as zero here
+        if PTX:
+            return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        else:
+            return tl.exp2(x)
+
+    @triton.jit
+    def _sigmoid(x):
+        e = 1.0 + _exp2(-1.4426950408889634 * x)
+        if PTX:
+            return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [e], tl.float32, True, 1)
+        else:
+            return 1.0 / e
+
+    @triton.jit
+    def _softplus(x):
+        # max(x, 0) + log1p(e^-|x|), log1p by a minimax polynomial: relative error below 2e-7, also where e^x is tiny
+        e = _exp2(-1.4426950408889634 * tl.abs(x))
+        p = 0.005232690367847681 * e - 0.029505228623747826
+        p = p * e + 0.07822594046592712
+        p = p * e - 0.13663245737552643
+        p = p * e + 0.19106008112430573
+        p = p * e - 0.2484298199415207
+        p = p * e + 0.3331909775733948
+        p = p * e - 0.4999949336051941
+        p = p * e + 0.9999999403953552
+        return p * e + tl.maximum(x, 0.0)
+
+    @triton.jit
+    def _load(ptr, ok, EVEN: tl.constexpr):
+        if EVEN:
+            return tl.load(ptr)
+        else:
+            return tl.load(ptr, mask=ok, other=0.0)
+
+    @triton.jit
+    def _store(ptr, x, ok, EVEN: tl.constexpr):
+        if EVEN:
+            tl.store(ptr, x.to(ptr.dtype.element_ty))
+        else:
+            tl.store(ptr, x.to(ptr.dtype.element_ty), mask=ok)
+
+    @triton.jit
+    def _channel(ptr, d, DIM: tl.constexpr):
+        # a (d,) parameter that may be absent
+        if ptr is not None:
+            return tl.load(ptr + d, mask=d < DIM, other=0.0).to(tl.float32)
+        else:
+            return tl.zeros(d.shape, tl.float32)
+
+    @triton.jit
+    def _rows(ptr, t, L, d, DIM: tl.constexpr, ROW: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr):
+        # positions t .. t + T - 1, zero past the end: T of (BD,)
+        rows = ()
+        for i in tl.static_range(T):
+            rows += (_load(ptr + i * ROW, d < tl.where(t + i < L, DIM, 0), EVEN),)
+        return rows
+
+    # A thread owns one channel: time runs through its registers, so neither the scan nor the sum over n leaves them.
+    # `^ zero` (a zero at run time) hides that channels are contiguous: Triton would give a thread several of them and
+    # spread n over the lanes instead, which costs a third more instructions.
+    @triton.jit(do_not_specialize=["zero", "L", "u_batch", "delta_batch", "z_batch"])
+    def _scan_fwd_kernel(u, delta, z, A, B, C, D, bias, gate, y, state, saved, zero, L, u_batch, delta_batch, z_batch,
+                         U_ROW: tl.constexpr, DELTA_ROW: tl.constexpr, Z_ROW: tl.constexpr, DIM: tl.constexpr,
+                         PAD: tl.constexpr, N: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr,
+                         EVERY: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr):
+        NB: tl.constexpr = min(NS, 16)  # states in registers at a time
+        b = tl.program_id(1).to(tl.int64)
+        batches = tl.num_programs(1).to(tl.int64)
+        d = tl.program_id(0) * BD + (tl.arange(0, BD) ^ zero)
+        n = tl.arange(0, NB)
+        nd = n[:, None] * PAD + d[None, :]  # (NB, BD)
+        rows = tl.cdiv(L, EVERY) * EVERY
+        u += b * u_batch + d
+        delta += b * delta_batch + d
+        if z is not None:
+            z += b * z_batch + d
+        y += b * L * DIM + d
+        A += nd
+        B += b * rows * NS + n
+        C += b * rows * NS + n
+        if gate is not None:
+            gate += b * rows
+        state += b * NS * PAD + nd
+        if saved is not None:
+            saved += b * N * DIM + n[:, None] * DIM + d[None, :]
+        shift = _channel(bias, d, DIM)
+        skip = _channel(D, d, DIM)
+        h = tl.load(state)
+        a = tl.load(A)
+        us = _rows(u, 0, L, d, DIM, U_ROW, T, EVEN)
+        xs = _rows(delta, 0, L, d, DIM, DELTA_ROW, T, EVEN)
+        zs = ()
+        if z is not None:
+            zs = _rows(z, 0, L, d, DIM, Z_ROW, T, EVEN)
+        for t in range(0, L, T):
+            x = ()  # the steps
+            v = ()
+            o = ()
+            for i in tl.static_range(T):
+                xi = xs[i].to(tl.float32) + shift
+                if SOFTPLUS:
+                    xi = _softplus(xi)
+                if not EVEN:
+                    xi = tl.where(t + i < L, xi, 0.0)  # past the end nothing decays and nothing is added
+                x += (xi,)
+                v += (xi * us[i].to(tl.float32),)
+                o += (skip * us[i].to(tl.float32),)
+            zi = zs
+            ahead = tl.where(t + T < L, T, 0)  # the next rows are on their way while these are computed
+            u += ahead * U_ROW
+            delta += ahead * DELTA_ROW
+            us = _rows(u, t + T, L, d, DIM, U_ROW, T, EVEN)
+            xs = _rows(delta, t + T, L, d, DIM, DELTA_ROW, T, EVEN)
+            if z is not None:
+                z += ahead * Z_ROW
+                zs = _rows(z, t + T, L, d, DIM, Z_ROW, T, EVEN)
+            for k in range(0, NS, NB):
+                if NS > NB:
+                    h = tl.load(state + k * PAD)
+                    a = tl.load(A + k * PAD)
+                if saved is not None and t % EVERY == 0:
+                    tl.store(saved + k * DIM, h, mask=(n + k < N)[:, None] & (d < DIM)[None, :])
+                p = ()
+                for i in tl.static_range(T):
+                    xa = x[i][None, :] * a
+                    if gate is not None:
+                        xa += tl.load(gate + i)
+                    h = _exp2(xa) * h + v[i][None, :] * tl.load(B + i * NS + k)[:, None]
+                    p += (o[i] + tl.sum(h * tl.load(C + i * NS + k)[:, None], 0),)
+                o = p
+                if NS > NB:
+                    tl.store(state + k * PAD, h)
+            for i in tl.static_range(T):
+                yi = o[i]
+                if z is not None:
+                    yi *= zi[i].to(tl.float32) * _sigmoid(zi[i].to(tl.float32))
+                _store(y + i * DIM, yi, d < tl.where(t + i < L, DIM, 0), EVEN)
+            y += T * DIM
+            B += T * NS
+            C += T * NS
+            if gate is not None:
+                gate += T
+            if saved is not None and t % EVERY == 0:
+                saved += batches * N * DIM
+        if NS <= NB:
+            tl.store(state, h)
+
+    @triton.jit
+    def _unstack(x, T: tl.constexpr):
+        # (R, Q, S, T) -> T of (R, Q, S)
+        if T == 2:
+            return tl.split(x)
+        else:
+            even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], T // 2, 2]))
+            even = _unstack(even, T // 2)
+            odd = _unstack(odd, T // 2)
+            rows = ()
+            for i in tl.static_range(T // 2):
+                rows += (even[i], odd[i])
+            return rows
+
+    @triton.jit
+    def _stack(rows, T: tl.constexpr):
+        # T of (R, Q, S) -> (R, Q, S, T)
+        if T == 2:
+            return tl.join(rows[0], rows[1])
+        else:
+            even = ()
+            odd = ()
+            for i in tl.static_range(0, T, 2):
+                even += (rows[i],)
+                odd += (rows[i + 1],)
+            x = tl.join(_stack(even, T // 2), _stack(odd, T // 2))
+            return tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], T])
+
+    @triton.jit
+    def _steps(ptr, T: tl.constexpr):
+        # T consecutive floats behind each of the (R, Q, S) pointers -> T of (R, Q, S), by loads of 16 bytes
+        four = tl.arange(0, T // 4)[:, None, None, None, None] * 4
+        x = tl.permute(tl.load(ptr[None, :, :, :, None] + four + tl.arange(0, 4)), [1, 2, 3, 0, 4])
+        return _unstack(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], T]), T)
+
+    @triton.jit
+    def _carry(e, p, first, edge, near, mid, far):
+        # 8 subsequences in a row, each of which turns x into p x + e: what enters each, `first` at the edge
+        p = tl.where(edge, 0.0, tl.gather(p, near, 2))
+        e = tl.where(edge, first, tl.gather(e, near, 2))
+        e += p * tl.gather(e, near, 2)
+        p *= tl.gather(p, near, 2)
+        e += p * tl.gather(e, mid, 2)
+        p *= tl.gather(p, mid, 2)
+        return e + p * tl.gather(e, far, 2)
+
+    @triton.jit
+    def _add(ptr, x, one):
+        # ptr += the sum of x over its last axis, by one thread
+        tl.store(ptr + tl.zeros(x.shape, tl.int32), tl.load(ptr) + tl.sum(x, 2)[:, :, None], mask=one)
+
+    # A segment of 8 x 16 positions of 32 channels is a tile (T, R, Q, S): T = 16 positions in registers, R = 8 warps by
+    # Q = 4 lanes of channels, S = 8 lanes of subsequences; rows are tuples of T tensors (R, Q, S). So one checkpoint in
+    # 128 positions is enough, and every decay is computed once: each thread scans its 16 positions from zero, 8 lanes
+    # agree on what enters each, and each scans again from there; the gradient k of the state likewise, right to left.
+    @triton.jit(do_not_specialize=["zero", "L", "dy_batch", "u_batch", "delta_batch", "z_batch"])
+    def _scan_bwd_kernel(dy, u, delta, z, A, B, C, D, bias, gate, saved, dh, du, ddelta, dz, dA, dD, dbias, dBC, zero,
+                         L, dy_batch, u_batch, delta_batch, z_batch, DY_ROW: tl.constexpr, U_ROW: tl.constexpr,
+                         DELTA_ROW: tl.constexpr, Z_ROW: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
+                         N: tl.constexpr, SOFTPLUS: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+                         EVEN: tl.constexpr):
+        Q: tl.constexpr = 4
+        S: tl.constexpr = 8
+        b = tl.program_id(1).to(tl.int64)
+        batches = tl.num_programs(1)
+        group = b * tl.num_programs(0) + tl.program_id(0)
+        s = tl.arange(0, S)[None, None, :] + tl.zeros([R, Q, S], tl.int32)
+        i4 = tl.arange(0, T)[:, None, None, None]
+        none = tl.zeros([R, Q, S], tl.float32)
+        m = tl.arange(0, 2 * T * S)
+        segments = tl.cdiv(L, S * T)
+        rows = segments * (S * T)
+        for back in range(segments):
+            segment = segments - 1 - back
+            t = segment * (S * T) + s * T
+            t4 = t[None, :, :, :] + i4
+            at = t[None, :, :, :].to(tl.int64)
+            for tile in range(TILES):
+                d = (tl.program_id(0) * TILES + tile) * (R * Q) + tl.arange(0, R)[:, None, None] * Q
+                d += (tl.arange(0, Q) ^ zero)[None, :, None]
+                d4 = d[None, :, :, :]
+                ok = (d4 < DIM) & (t4 < L)
+                u4 = _load(u + b * u_batch + at * U_ROW + d4 + i4 * U_ROW, ok, EVEN).to(tl.float32)
+                x4 = _load(delta + b * delta_batch + at * DELTA_ROW + d4 + i4 * DELTA_ROW, ok, EVEN).to(tl.float32)
+                w4 = _load(dy + b * dy_batch + at * DY_ROW + d4 + i4 * DY_ROW, ok, EVEN).to(tl.float32)
+                x4 += _channel(bias, d4, DIM)
+                if SOFTPLUS:
+                    x4 = _softplus(x4)
+                if not EVEN:
+                    x4 = tl.where(t4 < L, x4, 0.0)
+                if z is not None:
+                    z4 = _load(z + b * z_batch + at * Z_ROW + d4 + i4 * Z_ROW, ok, EVEN).to(tl.float32)
+                    w4 *= z4 * _sigmoid(z4)
+                x = _unstack(tl.permute(x4, [1, 2, 3, 0]), T)
+                v = _unstack(tl.permute(x4 * u4, [1, 2, 3, 0]), T)
+                w = _unstack(tl.permute(w4, [1, 2, 3, 0]), T)  # the gradient of y before the gate
+                x_sum = tl.sum(x4, 0)
+                gate_sum = none
+                if gate is not None:
+                    gates = _steps(gate + b * rows + t, T)
+                    for i in tl.static_range(T):
+                        gate_sum += gates[i]
+                y = ()
+                for _ in tl.static_range(T):
+                    y += (none,)
+                gB = y  # sums over n, g the gradient of h: of g_t B_t
+                gaA = y  # and of g_t a_t h_(t-1) A
+                kept_at = saved + (segment * batches + b) * N * DIM + d
+                a_next = tl.load(A + d)  # of the next n: these come from far away
+                saved_next = tl.load(kept_at, mask=d < DIM, other=0.0)
+                dh_next = tl.load(dh + b * N * PAD + d)
+                for n in range(N):
+                    a = a_next
+                    left = saved_next
+                    right = dh_next
+                    ahead = tl.minimum(n + 1, N - 1)
+                    a_next = tl.load(A + ahead * PAD + d)
+                    saved_next = tl.load(kept_at + ahead * DIM, mask=d < DIM, other=0.0)
+                    dh_next = tl.load(dh + (b * N + ahead) * PAD + d)
+                    Bn = _steps(B + (b * N + n) * rows + t, T)
+                    Cn = _steps(C + (b * N + n) * rows + t, T)
+                    if gate is not None:
+                        gates = _steps(gate + b * rows + t, T)
+                    decay = ()
+                    add = ()
+                    h = none
+                    for i in tl.static_range(T):
+                        xa = x[i] * a
+                        if gate is not None:
+                            xa += gates[i]
+                        decay += (_exp2(xa),)
+                        add += (v[i] * Bn[i],)
+                        h = decay[i] * h + add[i]
+                    k = none
+                    for i in tl.static_range(T - 1, -1, -1):
+                        k = decay[i] * (w[i] * Cn[i] + k)
+                    p = _exp2(x_sum * a + gate_sum)
+                    h = _carry(h, p, left, s == 0, tl.maximum(s - 1, 0), tl.maximum(s - 2, 0), tl.maximum(s - 4, 0))
+                    k = _carry(k, p, right, s == 7, tl.minimum(s + 1, 7), tl.minimum(s + 2, 7), tl.minimum(s + 4, 7))
+                    kept = ()
+                    dC = ()
+                    y_new = ()
+                    for i in tl.static_range(T):
+                        kept += (decay[i] * h,)
+                        h = kept[i] + add[i]
+                        y_new += (y[i] + h * Cn[i],)
+                        dC += (h * w[i],)
+                    y = y_new
+                    dB = ()  # from here on right to left
+                    gB_new = ()
+                    gaA_new = ()
+                    da = none
+                    for i in tl.static_range(T - 1, -1, -1):
+                        g = w[i] * Cn[i] + k
+                        k = decay[i] * g
+                        q = g * kept[i]
+                        dB += (g * v[i],)
+                        gB_new += (gB[i] + g * Bn[i],)
+                        gaA_new += (gaA[i] + q * a,)
+                        da += q * x[i]
+                    gB = gB_new[::-1]
+                    gaA = gaA_new[::-1]
+                    tl.store(dh + (b * N + n) * PAD + d + tl.zeros([R, Q, S], tl.int32), k, mask=s == 0)
+                    _add(dA + (b * N + n) * PAD + d, da, s == 0)
+                    # the split makes Triton move the channels into registers, where their sum costs one addition each
+                    c = tl.permute(_stack(dB[::-1] + dC, 2 * T), [0, 1, 3, 2])  # (R, Q, 2T, S)
+                    even, odd = tl.split(tl.permute(tl.reshape(c, [R * Q // 2, 2, 2 * T * S]), [0, 2, 1]))
+                    ptr = dBC + ((group * N + n) * segments + segment) * (2 * T * S) + m
+                    tl.store(ptr, tl.load(ptr, mask=(m >= 0) & (tile > 0), other=0.0) + tl.sum(even + odd, 0))
+                y4 = tl.permute(_stack(y, T), [3, 0, 1, 2])
+                gB4 = tl.permute(_stack(gB, T), [3, 0, 1, 2])
+                dx4 = tl.permute(_stack(gaA, T), [3, 0, 1, 2]) * 0.6931471805599453  # A is A log2(e) here
+                x4 = tl.permute(_stack(x, T), [3, 0, 1, 2])
+                u4 = _load(u + b * u_batch + at * U_ROW + d4 + i4 * U_ROW, ok, EVEN).to(tl.float32)
+                w4 = _load(dy + b * dy_batch + at * DY_ROW + d4 + i4 * DY_ROW, ok, EVEN).to(tl.float32)
+                skip = _channel(D, d4, DIM)
+                out = (b * L + at) * DIM + d4 + i4 * DIM
+                if z is not None:
+                    z4 = _load(z + b * z_batch + at * Z_ROW + d4 + i4 * Z_ROW, ok, EVEN).to(tl.float32)
+                    sig = _sigmoid(z4)
+                    _store(dz + out, w4 * (y4 + skip * u4) * (sig + sig * z4 * (1.0 - sig)), ok, EVEN)
+                    w4 *= z4 * sig
+                _store(du + out, x4 * gB4 + skip * w4, ok, EVEN)
+                dx4 += u4 * gB4
+                if SOFTPLUS:
+                    raw = _load(delta + b * delta_batch + at * DELTA_ROW + d4 + i4 * DELTA_ROW, ok, EVEN).to(tl.float32)
+                    dx4 *= _sigmoid(raw + _channel(bias, d4, DIM))
+                if not EVEN:
+                    dx4 = tl.where(ok, dx4, 0.0)
+                _store(ddelta + out, dx4, ok, EVEN)
+                _add(dD + b * PAD + d, tl.sum(w4 * u4, 0), s == 0)
+                _add(dbias + b * PAD + d, tl.sum(dx4, 0), s == 0)
+                tl.debug_barrier()  # the next tile and segment read what other threads wrote
+
+    @triton.jit
+    def _conv_row(x, state, q, d, L, phase, x_row, DIM: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr):
+        # row q of a phase: W - 1 rows of the state, then the rows of x
+        t = (q - (W - 1)) * STEP + phase
+        ok = d < tl.where((t >= 0) & (t < L), DIM, 0)
+        row = tl.load(x + t * x_row + d, mask=ok, other=0.0).to(tl.float32)
+        if state is not None:
+            ok = d < tl.where((q >= 0) & (t < 0), DIM, 0)
+            row += tl.load(state + (q * STEP + phase) * DIM + d, mask=ok, other=0.0).to(tl.float32)
+        return row
+
+    @triton.jit
+    def _conv_document(document, q, L, phase, W: tl.constexpr, STEP: tl.constexpr):
+        # the document that row q is in; the state is in document 0
+        t = (q - (W - 1)) * STEP + phase
+        if document is not None:
+            return tl.load(document + t, mask=(t >= 0) & (t < L), other=0)
+        else:
+            return 0
+
+    @triton.jit
+    def _tap(weight, document, reader, RESET: tl.constexpr):
+        if RESET:
+            return tl.where(document == reader, weight, 0.0)
+        else:
+            return weight
+
+    # With a dilation of STEP each of STEP phases is a sequence of its own; position j of it reads rows j .. j + W - 1.
+    @triton.jit(do_not_specialize=["L"])
+    def _conv_fwd_kernel(x, weight, bias, state, document, y, L, x_batch, x_row, DIM: tl.constexpr, W: tl.constexpr,
+                         STEP: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+        RESET: tl.constexpr = document is not None
+        d = tl.program_id(0) * BD + tl.arange(0, BD)
+        first = tl.program_id(1) // STEP * ROWS
+        phase = (tl.program_id(1) % STEP).to(tl.int64)
+        b = tl.program_id(2).to(tl.int64)
+        x += b * x_batch
+        if state is not None:
+            state += b * ((W - 1) * STEP * DIM)
+        if RESET:
+            document += b * L
+        shift = _channel(bias, d, DIM)
+        weights = ()
+        rows = ()
+        docs = ()
+        for w in tl.static_range(W):
+            weights += (_channel(weight + w * DIM, d, DIM),)
+        for w in tl.static_range(W - 1):
+            rows += (_conv_row(x, state, first + w, d, L, phase, x_row, DIM, W, STEP),)
+            docs += (_conv_document(document, first + w, L, phase, W, STEP),)
+        for i in range(first, tl.minimum(first + ROWS, tl.cdiv(L - phase, STEP)), T):
+            for j in tl.static_range(T):
+                rows += (_conv_row(x, state, i + j + W - 1, d, L, phase, x_row, DIM, W, STEP),)
+                docs += (_conv_document(document, i + j + W - 1, L, phase, W, STEP),)
+            for j in tl.static_range(T):
+                o = shift
+                for w in tl.static_range(W):
+                    o += _tap(weights[w], docs[j + w], docs[j + W - 1], RESET) * rows[j + w]
+                if SILU:
+                    o *= _sigmoid(o)
+                t = (i + j) * STEP + phase
+                tl.store(y + (b * L + t) * DIM + d, o.to(y.dtype.element_ty), mask=d < tl.where(t < L, DIM, 0))
+            rows = rows[T:]
+            docs = docs[T:]
+
+    # The gradients of rows first .. first + ROWS - 1; positions first - (W - 1) .. first + ROWS - 1 contribute to them.
+    @triton.jit(do_not_specialize=["L"])
+    def _conv_bwd_kernel(dy, dfinal, x, weight, bias, state, document, dx, dstate, dweight, dbias, L, dy_batch, dy_row,
+                         x_batch, x_row, DIM: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, SILU: tl.constexpr,
+                         ROWS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+        RESET: tl.constexpr = document is not None
+        SPAN: tl.constexpr = (W - 1) * STEP
+        d = tl.program_id(0) * BD + tl.arange(0, BD)
+        first = tl.program_id(1) // STEP * ROWS
+        phase = (tl.program_id(1) % STEP).to(tl.int64)
+        b = tl.program_id(2).to(tl.int64)
+        x += b * x_batch
+        dy += b * dy_batch + d
+        dx += b * L * DIM + d
+        dstate += b * SPAN * DIM + d
+        if state is not None:
+            state += b * SPAN * DIM
+        if dfinal is not None:
+            dfinal += b * SPAN * DIM + d
+        if RESET:
+            document += b * L
+            latest = tl.load(document + L - 1)
+        shift = _channel(bias, d, DIM)
+        total = tl.zeros([BD], tl.float32)
+        weights = ()
+        dweights = ()
+        rows = ()
+        docs = ()
+        grads = ()
+        for w in tl.static_range(W):
+            weights += (_channel(weight + w * DIM, d, DIM),)
+            dweights += (total,)
+        for w in tl.static_range(W - 1):
+            rows += (_conv_row(x, state, first + w - (W - 1), d, L, phase, x_row, DIM, W, STEP),)
+            docs += (_conv_document(document, first + w - (W - 1), L, phase, W, STEP),)
+            grads += (total,)
+        for i in range(first - (W - 1), tl.minimum(first + ROWS, tl.cdiv(L - phase, STEP) + W - 1), T):
+            for j in tl.static_range(T):
+                rows += (_conv_row(x, state, i + j + W - 1, d, L, phase, x_row, DIM, W, STEP),)
+                docs += (_conv_document(document, i + j + W - 1, L, phase, W, STEP),)
+            for j in tl.static_range(T):
+                q = i + j
+                t = q * STEP + phase
+                ok = d < tl.where((q >= 0) & (t < L), DIM, 0)
+                g = tl.load(dy + t * dy_row, mask=ok, other=0.0).to(tl.float32)
+                if SILU:
+                    o = shift
+                    for w in tl.static_range(W):
+                        o += _tap(weights[w], docs[j + w], docs[j + W - 1], RESET) * rows[j + w]
+                    s = _sigmoid(o)
+                    g *= s + o * s * (1.0 - s)
+                grads += (g,)
+                own = (q >= first) & (q < first + ROWS)
+                mine = tl.where(own, g, 0.0)
+                total += mine
+                drow = tl.zeros([BD], tl.float32)
+                new = ()
+                for w in tl.static_range(W):
+                    new += (dweights[w] + _tap(mine, docs[j + w], docs[j + W - 1], RESET) * rows[j + w],)
+                    drow += _tap(weights[w], docs[j], docs[j + W - 1 - w], RESET) * grads[j + W - 1 - w]
+                dweights = new
+                if dfinal is not None:
+                    f = tl.where(docs[j] == latest, t - L, -1) if RESET else t - L
+                    ok = d < tl.where((f >= 0) & (f < SPAN), DIM, 0)
+                    drow += tl.load(dfinal + f * DIM, mask=ok, other=0.0).to(tl.float32)
+                t -= SPAN
+                _store(dx + t * DIM, drow, d < tl.where(own & (t >= 0) & (t < L), DIM, 0), False)
+                _store(dstate + (t + SPAN) * DIM, drow, d < tl.where(own & (t < 0), DIM, 0), False)
+            rows = rows[T:]
+            docs = docs[T:]
+            grads = grads[T:]
+        part = (b * tl.num_programs(1) + tl.program_id(1)) * DIM + d
+        for w in tl.static_range(W):
+            tl.store(dweight + w * (tl.num_programs(1) * tl.num_programs(2) * DIM) + part, dweights[w], mask=d < DIM)
+        tl.store(dbias + part, total, mask=d < DIM)
+
+    @triton.jit
+    def _scan_step_kernel(state, u, delta, z, A, B, C, D, bias, reset, y, state_b, state_d, state_n, u_b, delta_b, z_b,
+                          A_d, A_n, B_b, C_b, DIM: tl.constexpr, N: tl.constexpr, NS: tl.constexpr,
+                          SOFTPLUS: tl.constexpr, BD: tl.constexpr):
+        d = tl.program_id(0) * BD + tl.arange(0, BD)
+        n = tl.arange(0, NS)
+        b = tl.program_id(1).to(tl.int64)
+        ok = d < DIM
+        nd = (n < N)[:, None] & ok[None, :]
+        state += b * state_b + n[:, None] * state_n + d[None, :] * state_d
+        h = tl.load(state, mask=nd, other=0.0).to(tl.float32)
+        if reset is not None:
+            h = tl.where(tl.load(reset + b) != 0, 0.0, h)
+        x = tl.load(delta + b * delta_b + d, mask=ok, other=0.0).to(tl.float32) + _channel(bias, d, DIM)
+        if SOFTPLUS:
+            x = _softplus(x)
+        v = tl.load(u + b * u_b + d, mask=ok, other=0.0).to(tl.float32)
+        a = tl.load(A + d[None, :] * A_d + n[:, None] * A_n, mask=nd, other=0.0).to(tl.float32)
+        Bn = tl.load(B + b * B_b + n, mask=n < N, other=0.0).to(tl.float32)
+        Cn = tl.load(C + b * C_b + n, mask=n < N, other=0.0).to(tl.float32)
+        h = _exp2((x * 1.4426950408889634)[None, :] * a) * h + (x * v)[None, :] * Bn[:, None]
+        tl.store(state, h.to(state.dtype.element_ty), mask=nd)
+        o = tl.sum(h * Cn[:, None], 0) + _channel(D, d, DIM) * v
+        if z is not None:
+            g = tl.load(z + b * z_b + d, mask=ok, other=0.0).to(tl.float32)
+            o *= g * _sigmoid(g)
+        _store(y + b * DIM + d, o, ok, False)
+
+    @triton.jit
+    def _conv_step_kernel(state, x, weight, bias, reset, y, state_b, state_row, x_b, DIM: tl.constexpr, W: tl.constexpr,
+                          STEP: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr):
+        d = tl.program_id(0) * BD + tl.arange(0, BD)
+        b = tl.program_id(1).to(tl.int64)
+        ok = d < DIM
+        state += b * state_b + d
+        new = tl.load(x + b * x_b + d, mask=ok, other=0.0)
+        o = _channel(bias, d, DIM) + _channel(weight + (W - 1) * DIM, d, DIM) * new.to(tl.float32)
+        for i in range((W - 1) * STEP):
+            row = tl.load(state + i * state_row, mask=ok, other=0.0)
+            if reset is not None:
+                row = tl.where(tl.load(reset + b) != 0, 0.0, row)
+            tap = tl.load(weight + i // STEP * DIM + d, mask=d < tl.where(i % STEP == 0, DIM, 0), other=0.0)
+            o += tap.to(tl.float32) * row.to(tl.float32)
+            tl.store(state + (i - 1) * state_row, row, mask=d < tl.where(i > 0, DIM, 0))
+        if W > 1:
+            _store(state + ((W - 1) * STEP - 1) * state_row, new, ok, False)
+        if SILU:
+            o *= _sigmoid(o)
+        _store(y + b * DIM + d, o, ok, False)
+
+    def _refuse_float64(function, x):
+        if x.dtype == torch.float64:
+            raise ValueError(f"{function}: float64 is not for the Triton kernels; set KERNELS=torch")
+
+    def _rows_contiguous(*xs):
+        """Each x with a last stride of 1, then their batch strides, then their row strides."""
+        xs = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in xs]
+        return xs, *([0 if x is None else x.stride(i) for x in xs] for i in (0, 1))
+
+    def _padded(x, *shape, device):
+        """A new float32 tensor of this shape with x, if any, in its corner and zeros around it."""
+        out = torch.zeros(shape, device=device)
+        if x is not None:
+            out[tuple(map(slice, x.shape))] = x
+        return out
+
+    def _gate(reset, l):
+        """(b, l) summands to the exponents of the decays: -inf at a reset, where the decay is then exactly 0."""
+        gate = None if reset is None else torch.zeros(len(reset), l, device=reset.device)
+        if reset is not None:
+            gate[:, : reset.shape[1]].masked_fill_(reset, -math.inf)
+        return gate
+
+    def _scan_fwd_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
+        _refuse_float64("selective_scan", u)
+        (b, l, d), n = u.shape, A.shape[1]
+        segments, lanes = triton.cdiv(l, SEGMENT), triton.cdiv(d, LANES)
+        ns = triton.next_power_of_2(n) if n < 16 else triton.cdiv(n, 16) * 16
+        (u, delta, z), batch, row = _rows_contiguous(u, delta, z)
+        y = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
+        h0 = None if initial_state is None else initial_state.transpose(1, 2)
+        state = _padded(h0, b, ns, lanes * LANES, device=u.device)
+        saved = state.new_empty(segments if save else 0, b, n, d)
+        A2 = _padded(A.t() / math.log(2), ns, lanes * LANES, device=u.device)
+        B, C = (_padded(x, b, segments * SEGMENT, ns, device=u.device) for x in (B, C))
+        _scan_fwd_kernel[lanes, b](
+            u, delta, z, A2, B, C, D, delta_bias, _gate(reset, segments * SEGMENT), y, state, saved if save else None,
+            0, l, *batch, *row, DIM=d, PAD=lanes * LANES, N=n, NS=ns, SOFTPLUS=delta_softplus, EVERY=SEGMENT, T=8,
+            BD=LANES, EVEN=l % 8 == 0 and d % LANES == 0, num_warps=1, num_stages=1, enable_fp_fusion=True)
+        return y, state[:, :n, :d].contiguous().transpose(1, 2), saved
+
+    def _scan_bwd_triton(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
+        (b, l, d), n = u.shape, A.shape[1]
+        segments, lanes = triton.cdiv(l, SEGMENT), triton.cdiv(d, LANES)
+        tiles = min(4, lanes)
+        groups = triton.cdiv(lanes, tiles)
+        pad = groups * tiles * LANES
+        dy = torch.zeros_like(u) if dy is None else dy
+        (dy, u, delta, z), batch, row = _rows_contiguous(dy, u, delta, z)
+        du, ddelta, dz = (None if x is None else x.new_empty(b, l, d) for x in (u, delta, z))
+        dh = _padded(None if dlast is None else dlast.transpose(1, 2), b, n, pad, device=u.device)
+        dA, dD, dbias = dh.new_zeros(b, n, pad), dh.new_zeros(b, pad), dh.new_zeros(b, pad)
+        dBC = dh.new_empty(b, groups, n, segments, 2, 16, 8)  # one partial sum a group of channels
+        A2 = _padded(A.t() / math.log(2), n, pad, device=u.device)
+        B, C = (_padded(x.transpose(1, 2), b, n, segments * SEGMENT, device=u.device) for x in (B, C))
+        _scan_bwd_kernel[groups, b](
+            dy, u, delta, z, A2, B, C, D, delta_bias, _gate(reset, segments * SEGMENT), saved, dh, du, ddelta, dz, dA,
+            dD, dbias, dBC, 0, l, *batch, *row, DIM=d, PAD=pad, N=n, SOFTPLUS=delta_softplus, TILES=tiles, R=8, T=16,
+            EVEN=l % SEGMENT == 0 and d == pad, num_warps=8, num_stages=1, enable_fp_fusion=True)
+        dBC = dBC.sum(1).permute(3, 0, 2, 5, 4, 1).reshape(2, b, segments * SEGMENT, n)
+        dB, dC = (x[:, :l].clone() for x in dBC)
+        dA, dD, dbias, dh = dA.sum(0)[:, :d].t(), dD.sum(0)[:d], dbias.sum(0)[:d], dh[:, :, :d].transpose(1, 2)
+        return du, ddelta, dA, dB, dC, dD, dz, dbias, dh
+
+    def _conv_launch(x, weight, initial_state, reset, dilation, rows):
+        """What both convolution kernels are launched with: 64 rows of a phase and 128 channels a program."""
+        (b, l, d), W = x.shape, weight.shape[1]
+        lanes = 128 if W <= 4 else LANES
+        grid = triton.cdiv(d, lanes), triton.cdiv(triton.cdiv(l, dilation) + rows, 64) * dilation, b
+        state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
+        document = None if reset is None else reset.cumsum(1, dtype=torch.int32)
+        options = dict(DIM=d, W=W, STEP=dilation, ROWS=64, BD=lanes, num_warps=1, num_stages=1, enable_fp_fusion=True)
+        return grid, weight.t().contiguous(), state, document, options
+
+    def _conv_fwd_triton(x, weight, bias, silu, initial_state, reset, dilation):
+        _refuse_float64("causal_conv1d", x)
+        (x,), (x_batch,), (x_row,) = _rows_contiguous(x)
+        (b, l, d), span = x.shape, (weight.shape[1] - 1) * dilation
+        grid, weight, state, document, options = _conv_launch(x, weight, initial_state, reset, dilation, 0)
+        y = torch.empty(b, l, d, dtype=x.dtype, device=x.device)
+        _conv_fwd_kernel[grid](x, weight, bias, state, document, y, l, x_batch, x_row, SILU=silu, T=8, **options)
+        state = x.new_zeros(b, span, d) if state is None else state
+        final = torch.cat([state[:, l:], x[:, max(0, l - span) :]], 1)
+        tail = None if reset is None else (F.pad(document, (span, 0))[:, l:] == document[:, -1:])[..., None]
+        return y, _where(tail, final)
+
+    def _conv_bwd_triton(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
+        dy = torch.zeros_like(x) if dy is None else dy
+        (dy, x), (dy_batch, x_batch), (dy_row, x_row) = _rows_contiguous(dy, x)
+        (b, l, d), W = x.shape, weight.shape[1]
+        grid, weight, state, document, options = _conv_launch(x, weight, initial_state, reset, dilation, W - 1)
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        dx, dstate = x.new_empty(b, l, d), x.new_empty(b, (W - 1) * dilation, d)
+        parts = torch.empty(W + 1, b * grid[1], d, device=x.device)
+        _conv_bwd_kernel[grid](dy, dfinal, x, weight, bias, state, document, dx, dstate, parts, parts[W], l, dy_batch,
+                               dy_row, x_batch, x_row, SILU=silu, T=4, **options)
+        *dweight, dbias = parts.sum(1)
+        return dx, torch.stack(dweight, 1), dbias, dstate
+
+    def _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset):
+        (b, d), n = u.shape, A.shape[1]
+        (u, delta, z, B, C), (*rows, B_b, C_b), _ = _rows_contiguous(u, delta, z, B, C)
+        y = torch.empty(b, d, dtype=u.dtype, device=u.device)
+        _scan_step_kernel[triton.cdiv(d, LANES), b](
+            state, u, delta, z, A, B, C, D, delta_bias, reset, y, *state.stride(), *rows, *A.stride(), B_b, C_b, DIM=d,
+            N=n, NS=triton.next_power_of_2(n), SOFTPLUS=delta_softplus, BD=LANES, num_warps=1 if n <= 32 else 4,
+            enable_fp_fusion=True)
+        return y
+
+    def _conv_step_triton(state, x, weight, bias, silu, reset, dilation):
+        (b, d), W = x.shape, weight.shape[1]
+        (x,), (x_b,), _ = _rows_contiguous(x)
+        y = torch.empty(b, d, dtype=x.dtype, device=x.device)
+        _conv_step_kernel[triton.cdiv(d, 128), b](
+            state, x, weight.t().contiguous(), bias, reset, y, *state.stride()[:2], x_b, DIM=d, W=W, STEP=dilation,
+            SILU=silu, BD=128, num_warps=1, enable_fp_fusion=True)
+        return y
+
+
 # ---------------------------------------------------------------- operators: what autograd and torch.compile see
 
 IMPLEMENTATIONS = {"torch": (_scan_fwd_torch, _scan_bwd_torch, _conv_fwd_torch, _conv_bwd_torch)}
+if triton is not None:
+    IMPLEMENTATIONS["triton"] = _scan_fwd_triton, _scan_bwd_triton, _conv_fwd_triton, _conv_bwd_triton
 
 
 def _backend(device):
@@ -319,7 +988,7 @@ def scan_fwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reset: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and with `save` the states that scan_bwd starts from, one every CHUNK positions."""
+    """y, the last state, and with `save` the states that scan_bwd starts from, one every CHUNK or SEGMENT positions."""
     run = IMPLEMENTATIONS[_backend(u.device)][0]
     return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save)
 
@@ -340,7 +1009,8 @@ def scan_bwd(
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     (b, l, d), n, f = u.shape, A.shape[1], _state_dtype(u)
     last = u.new_empty(b, n, d, dtype=f).transpose(1, 2)
-    return u.new_empty(b, l, d), last, u.new_empty((l + CHUNK - 1) // CHUNK if save else 0, b, n, d, dtype=f)
+    every = SEGMENT if _backend(u.device) == "triton" else CHUNK
+    return u.new_empty(b, l, d), last, u.new_empty((l + every - 1) // every if save else 0, b, n, d, dtype=f)
 
 
 @scan_bwd.register_fake
@@ -515,6 +1185,8 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, res
 def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, reset=None):
     """One position of selective_scan: state (b, d, n) is updated in place; u, delta, z: (b, d); B, C: (b, n); reset: (b,)
     bool. Returns y (b, d). For decoding: few calls, no synchronisation, can be captured in a CUDA graph."""
+    if _backend(u.device) == "triton":
+        return _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
     f, dtype = state.dtype, u.dtype
     u, delta, B, C = u.to(f), delta.to(f), B.to(f), C.to(f)
     dt = delta if delta_bias is None else delta + delta_bias
@@ -531,6 +1203,9 @@ def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=Non
 def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None, dilation=1):
     """One position of causal_conv1d: state (b, (W-1) dilation, d) is updated in place; x: (b, d); reset: (b,) bool.
     Returns y (b, d)."""
+    silu = _silu("causal_conv1d_step", activation)
+    if _backend(x.device) == "triton":
+        return _conv_step_triton(state, x, weight, bias, silu, reset, dilation)
     if reset is not None:
         state.masked_fill_(reset[:, None, None], 0)
     rows = torch.cat([state, x[:, None]], 1)  # (b, span + 1, d)
@@ -538,7 +1213,7 @@ def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None,
     f = _state_dtype(x)
     y = (rows[:, ::dilation].to(f) * weight.t()).sum(1)
     y = y if bias is None else y + bias
-    return (F.silu(y) if _silu("causal_conv1d_step", activation) else y).to(x.dtype)
+    return (F.silu(y) if silu else y).to(x.dtype)
 
 
 # ---------------------------------------------------------------- drop-in: mamba_ssm's and causal_conv1d's own signatures
@@ -641,3 +1316,14 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
         state[state_batch_indices.long()] = new
     assert heads
     return torch.cat(ys, 1).view(x.shape)
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.modules["kernels"] = sys.modules["__main__"]  # the report imports this module: its operators register once
+    sys.path.insert(0, str(Path(__file__).parent / "tests"))
+    import kernel_report
+
+    kernel_report.main()

@@ -206,8 +206,8 @@ class MultiHeadAttention(nn.Module):
         if S < carried:
             new_k, new_v = (F.pad(t, (0, 0, carried - S, 0)) for t in (k, v))
             new_valid = F.pad(new_valid, (carried - S, 0))
-        new_state = tuple(t.narrow(-2, t.shape[-2] - carried, carried) for t in (new_k, new_v))
-        new_state += (new_valid[:, new_valid.shape[1] - carried:],)
+        last = slice(new_valid.shape[1] - carried, None)
+        new_state = (new_k[:, :, last].contiguous(), new_v[:, :, last].contiguous(), new_valid[:, last])
 
         if self.rope:
             table = rotary_table if torch.compiler.is_compiling() else cached_rotary_table
@@ -647,7 +647,7 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
-LOGITS_AT_ONCE = 2**24  # float32 logits held at a time: 64 MiB
+LOGITS_AT_ONCE = 2**23  # float32 logits held at a time: 32 MiB
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -671,7 +671,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dlogits = logp.exp_().scatter_add_(1, t.clamp(min=0), torch.full_like(logp[:, :1], -1.0))
                 dlogits = dlogits.mul_(seen).to(x.dtype)  # (chunk, V): softmax - onehot
                 dx[i:i + chunk] = dlogits @ w
-                dw += dlogits.t() @ xc
+                if dw.dtype == x.dtype:
+                    dw.addmm_(dlogits.t(), xc)
+                else:
+                    dw += dlogits.t() @ xc
         if need_grad:
             ctx.save_for_backward(dx, dw.to(weight.dtype))
         return loss

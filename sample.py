@@ -21,6 +21,7 @@ import os
 import secrets
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,8 +53,11 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
             f"{folder}/ holds no checkpoint; train a model first: uv run train.py"
         raise SampleError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; {there}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a damaged file fails anywhere between zip, pickle and tensors
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the optimizer stays on disk
+    except Exception as e:  # what is damaged fails anywhere between zip, pickle and tensors
         raise SampleError(f"{path} is damaged or no checkpoint ({type(e).__name__}); name another with --model_path, "
                           "or train a model: uv run train.py") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
@@ -383,10 +387,9 @@ def main(argv: list[str] | None = None):
     sys.stdout.reconfigure(encoding="utf-8")
     try:
         run(args)
-    except BrokenPipeError:  # the reader has seen enough; what Python still holds for it goes nowhere
+    except (BrokenPipeError, KeyboardInterrupt) as end:  # what Python still holds for the reader goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130 if isinstance(end, KeyboardInterrupt) else 0)
     except (SampleError, DataError, OSError) as error:
         parser.error(str(error))
 

@@ -1,0 +1,393 @@
+"""The plain-torch path of kernels.py against its float64 oracle, the laws of state and reset, and what autograd and
+torch.compile see of it. The Triton kernels have a file of their own."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels import (
+    causal_conv1d,
+    causal_conv1d_fn,
+    causal_conv1d_oracle,
+    causal_conv1d_step,
+    causal_conv1d_update,
+    conv_bwd,
+    conv_fwd,
+    scan_bwd,
+    scan_fwd,
+    selective_scan,
+    selective_scan_fn,
+    selective_scan_oracle,
+    selective_scan_step,
+    selective_state_update,
+)
+
+ALONG_TIME = ("u", "delta", "B", "C", "z")
+SCAN = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
+@pytest.fixture(autouse=True)
+def torch_path(monkeypatch):
+    monkeypatch.delenv("KERNELS", raising=False)
+
+
+def scan_inputs(b, l, d, n, absent=(), dtype=torch.float64, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64)  # noqa: E731
+    x = dict(u=rand(b, l, d), delta=rand(b, l, d) - 2, A=-rand(d, n).exp(), B=rand(b, l, n), C=rand(b, l, n), D=rand(d),
+             z=rand(b, l, d), delta_bias=0.1 * rand(d), initial_state=rand(b, d, n))
+    wide = torch.promote_types(dtype, torch.float32)  # parameters and state stay float32, as under autocast
+    return {k: None if k in absent else v.to(dtype if k in ALONG_TIME else wide).requires_grad_() for k, v in x.items()}
+
+
+def conv_inputs(b, l, d, W, dilation=1, absent=(), dtype=torch.float64, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    x = dict(x=(b, l, d), weight=(d, W), bias=(d,), initial_state=(b, (W - 1) * dilation, d))
+    return {k: None if k in absent else torch.randn(*s, generator=gen, dtype=torch.float64).to(dtype).requires_grad_()
+            for k, s in x.items()}
+
+
+def resets(b, l, at, seed=0):
+    reset = torch.zeros(b, l, dtype=torch.bool)
+    for row, t in at:
+        if t < l:
+            reset[row % b, t] = True
+    return reset
+
+
+def grads(outputs, inputs, seed=9):
+    gen = torch.Generator().manual_seed(seed)
+    loss = sum((y.double() * torch.randn(y.shape, generator=gen, dtype=torch.float64)).sum() for y in outputs)
+    wanted = [x for x in inputs.values() if x is not None]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found)]
+
+
+def error(a, b):
+    """relative norm of the difference"""
+    a, b = a.double(), b.double()
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item() if b.norm() > 0 else a.norm().item()
+
+
+def assert_near(ours, theirs, tolerance):
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.shape == b.shape
+        assert error(a, b) <= tolerance, (i, error(a, b))
+
+
+def assert_as_near_as_the_oracle(function, oracle, inputs, options, tolerance):
+    """Values and gradients against the float64 oracle; where few numbers cancel, what counts is the error that the
+    definition itself makes in this dtype."""
+    exact, same = double(inputs), {k: None if v is None else v.detach().requires_grad_() for k, v in inputs.items()}
+    results = []
+    for f, x in ((function, inputs), (oracle, same), (oracle, exact)):
+        outputs = f(**x, **options)
+        results.append([*outputs, *grads(outputs, x)])
+    for i, (a, b, c) in enumerate(zip(*results, strict=True)):
+        assert a.shape == c.shape and a.dtype == b.dtype
+        assert error(a, c) <= max(tolerance, 3 * error(b, c)), (i, error(a, c), error(b, c))
+
+
+def double(inputs):
+    return {k: None if v is None else v.detach().double().requires_grad_() for k, v in inputs.items()}
+
+
+# -- the definition itself, against the closed form of one channel
+
+def test_oracle_is_the_recurrence():
+    u, dt, B, C = torch.tensor([[1., 2., 3.]]), torch.tensor([[.5, .25, 1.]]), torch.tensor([2., 1., .5]), torch.ones(3)
+    A = -0.7
+    h, expected = 0.0, []
+    for t in range(3):
+        h = torch.exp(dt[0, t] * A) * h + dt[0, t] * B[t] * u[0, t]
+        expected.append(h * C[t] + 0.3 * u[0, t])
+    y, last = selective_scan_oracle(u[..., None].double(), dt[..., None].double(), torch.tensor([[A]]).double(),
+                                    B[None, :, None].double(), C[None, :, None].double(), torch.tensor([.3]).double(),
+                                    return_last_state=True)
+    torch.testing.assert_close(y[0, :, 0], torch.stack(expected).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(last[0, 0, 0], h.double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("W, dilation", [(1, 1), (4, 1), (3, 2)])
+def test_conv_oracle_is_pytorchs_convolution(W, dilation):
+    x = conv_inputs(2, 9, 3, W, dilation)
+    padded = torch.cat((x["initial_state"], x["x"]), 1).transpose(1, 2)
+    expected = F.conv1d(padded, x["weight"][:, None], x["bias"], groups=3, dilation=dilation).transpose(1, 2)
+    y, final = causal_conv1d_oracle(**x, return_final_state=True, dilation=dilation)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(final, padded.transpose(1, 2)[:, 9:])
+
+
+# -- the fast path against the oracle
+
+SIZES = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 15, 16, 17, 33, 50]), st.integers(1, 9), st.integers(1, 6))
+AT = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40)), max_size=5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=SIZES, at=AT, softplus=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+       absent=st.sets(st.sampled_from(["D", "z", "delta_bias", "initial_state"])), seed=st.integers(0, 99))
+def test_scan_equals_oracle(size, at, softplus, dtype, absent, seed):
+    b, l = size[:2]
+    x = scan_inputs(*size, absent, dtype, seed)
+    if not softplus:
+        x["delta"] = x["delta"].detach().abs().requires_grad_()
+    options = dict(delta_softplus=softplus, reset=resets(b, l, at), return_last_state=True)
+    tolerance = 2e-6 if dtype == torch.float32 else 6e-3
+    assert_as_near_as_the_oracle(selective_scan, selective_scan_oracle, x, options, tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(b=st.integers(1, 3), l=st.integers(1, 12), d=st.integers(1, 6), W=st.integers(1, 5), dilation=st.integers(1, 3),
+       at=AT, silu=st.booleans(), absent=st.sets(st.sampled_from(["bias", "initial_state"])),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99))
+def test_conv_equals_oracle(b, l, d, W, dilation, at, silu, absent, dtype, seed):
+    x = conv_inputs(b, l, d, W, dilation, absent, dtype, seed)
+    options = dict(activation="silu" if silu else None, reset=resets(b, l, [(r, t % 12) for r, t in at]),
+                   return_final_state=True, dilation=dilation)
+    tolerance = 2e-6 if dtype == torch.float32 else 6e-3
+    assert_as_near_as_the_oracle(causal_conv1d, causal_conv1d_oracle, x, options, tolerance)
+
+
+def test_large_sizes_cross_tiles_and_chunks():
+    x = scan_inputs(3, 70, 300, 11, dtype=torch.float32)
+    exact = double(x)
+    options = dict(delta_softplus=True, reset=resets(3, 70, [(0, 0), (0, 69), (1, 16), (1, 17), (2, 31)]),
+                   return_last_state=True)
+    ours, theirs = selective_scan(**x, **options), selective_scan_oracle(**exact, **options)
+    assert_near(ours, theirs, 2e-6)
+    assert_near(grads(ours, x), grads(theirs, exact), 2e-6)
+
+
+def test_strides_are_honoured():
+    gen = torch.Generator().manual_seed(0)
+    wide = torch.randn(2, 9, 30, generator=gen)
+    u, delta, z, B, C = wide.split([8, 8, 8, 3, 3], dim=-1)
+    args = dict(A=-torch.rand(3, 8, generator=gen).t(), D=torch.randn(16, generator=gen)[::2])
+    y = selective_scan(u, delta, args["A"], B, C, args["D"], z, delta_softplus=True)
+    packed = selective_scan(*(t.contiguous() for t in (u, delta, args["A"], B, C, args["D"], z)), delta_softplus=True)
+    assert error(y, packed) < 1e-6
+    weight = torch.randn(4, 8, generator=gen).t()
+    assert error(causal_conv1d(u, weight), causal_conv1d(u.contiguous(), weight.contiguous())) < 1e-6
+
+
+def test_softplus_is_accurate_where_steps_are_small():
+    """delta near -16 gives steps near 1e-7, which exp(x) + 1 would lose."""
+    raw = torch.linspace(-30, 30, 61)[None, :, None]
+    one = torch.ones_like(raw)
+    args = (torch.tensor([[-1e-9]]), one, one)
+    y = selective_scan(one, raw, *args, delta_softplus=True, reset=torch.ones(1, 61, dtype=torch.bool))
+    torch.testing.assert_close(y[0, :, 0].double(), F.softplus(raw[0, :, 0].double()), rtol=3e-7, atol=0)
+    for t in (0, 14, 30, 60):
+        state = torch.zeros(1, 1, 1)
+        step = selective_scan_step(state, one[:, t], raw[:, t], *(a if a.dim() == 2 else a[:, t] for a in args),
+                                   delta_softplus=True)
+        torch.testing.assert_close(step.double(), F.softplus(raw[:, t].double()), rtol=3e-7, atol=0)
+
+
+# -- exact derivatives
+
+def test_scan_gradcheck():
+    x = scan_inputs(2, 5, 2, 2)
+    reset = resets(2, 5, [(0, 0), (1, 3)])
+    f = lambda *args: selective_scan(*args[:8], True, args[8], reset, True)  # noqa: E731
+    assert torch.autograd.gradcheck(f, tuple(x.values()))
+    x = tuple(v for v in scan_inputs(1, 3, 2, 1).values())
+    f = lambda *args: selective_scan(*args[:8], True, args[8], reset[1:, 2:], True)  # noqa: E731
+    assert torch.autograd.gradgradcheck(f, x)
+
+
+@pytest.mark.parametrize("W, dilation", [(1, 1), (3, 1), (2, 2)])
+def test_conv_gradcheck(W, dilation):
+    x = tuple(conv_inputs(2, 4, 2, W, dilation).values())
+    reset = resets(2, 4, [(0, 0), (1, 2)])
+    f = lambda *args: causal_conv1d(args[0], args[1], args[2], "silu", args[3], reset, True, dilation)  # noqa: E731
+    assert torch.autograd.gradcheck(f, x)
+    assert torch.autograd.gradgradcheck(f, x)
+
+
+# -- state and reset
+
+@settings(max_examples=20, deadline=None)
+@given(cut=st.lists(st.integers(1, 19), max_size=3, unique=True), at=AT, seed=st.integers(0, 9))
+def test_whole_equals_chunks_equals_steps(cut, at, seed):
+    l = 20
+    reset = resets(2, l, at)
+    scan, conv = scan_inputs(2, l, 3, 2, seed=seed), conv_inputs(2, l, 3, 4, seed=seed)
+    whole = [selective_scan(**scan, delta_softplus=True, reset=reset, return_last_state=True),
+             causal_conv1d(**conv, activation="silu", reset=reset, return_final_state=True)]
+    reference = [grads(whole[0], scan), grads(whole[1], conv)]
+    bounds = [0, *sorted(cut), l]
+    for edges in (bounds, range(l + 1)):
+        ys, h, zs, taps = [], scan["initial_state"], [], conv["initial_state"]
+        for i, j in itertools.pairwise(edges):
+            part = {k: v[:, i:j] if k in ALONG_TIME else v for k, v in scan.items()}
+            y, h = selective_scan(**(part | {"initial_state": h}), delta_softplus=True, reset=reset[:, i:j],
+                                  return_last_state=True)
+            ys.append(y)
+            y, taps = causal_conv1d(conv["x"][:, i:j], conv["weight"], conv["bias"], "silu", taps, reset[:, i:j], True)
+            zs.append(y)
+        for (y, state), expected, inputs, exact in (((torch.cat(ys, 1), h), whole[0], scan, reference[0]),
+                                                    ((torch.cat(zs, 1), taps), whole[1], conv, reference[1])):
+            assert_near((y, state), expected, 1e-9)
+            assert_near(grads((y, state), inputs), exact, 1e-9)
+    with torch.no_grad():  # in place
+        h, taps = scan["initial_state"].clone(), conv["initial_state"].clone()
+        for t in range(l):
+            s = {k: v[:, t] if k in ALONG_TIME else v for k, v in scan.items() if k != "initial_state"}
+            y = selective_scan_step(h, **s, delta_softplus=True, reset=reset[:, t])
+            assert error(y, whole[0][0][:, t]) < 1e-9
+            y = causal_conv1d_step(taps, conv["x"][:, t], conv["weight"], conv["bias"], "silu", reset[:, t])
+            assert error(y, whole[1][0][:, t]) < 1e-9
+    assert error(h, whole[0][1]) < 1e-9 and error(taps, whole[1][1]) < 1e-9
+
+
+def test_a_reset_shuts_out_even_an_infinite_past():
+    x = scan_inputs(1, 6, 2, 2, dtype=torch.float32)
+    clean = selective_scan(**(x | {"initial_state": None}), delta_softplus=True)[:, :0]
+    dirty = {k: v.detach().clone() if v is not None else v for k, v in x.items()}
+    dirty["initial_state"] = torch.full((1, 2, 2), torch.inf)
+    reset = resets(1, 6, [(0, 0)])
+    clean = selective_scan(**(x | {"initial_state": None}), delta_softplus=True)
+    assert torch.equal(selective_scan(**dirty, delta_softplus=True, reset=reset), clean)
+    state = torch.full((1, 3, 2), torch.nan)
+    y, final = causal_conv1d(dirty["u"], torch.ones(2, 4), initial_state=state, reset=reset, return_final_state=True)
+    assert y.isfinite().all() and final.isfinite().all()
+
+
+# -- what torch.library and torch.compile see
+
+def op_arguments(absent=()):
+    x = scan_inputs(2, 7, 3, 2, absent, torch.float32)
+    reset = resets(2, 7, [(0, 2)])
+    forward = (*(x[k] for k in SCAN[:8]), True, x["initial_state"], reset, True)
+    with torch.no_grad():
+        y, last, checkpoints = scan_fwd(*forward)
+    backward = (torch.randn_like(y), torch.randn_like(last), *forward[:-1], checkpoints)
+    c = conv_inputs(2, 7, 3, 4, 1, absent, torch.float32)
+    conv = (c["x"], c["weight"], c["bias"], True, c["initial_state"], reset, 1)
+    with torch.no_grad():
+        y, final = conv_fwd(*conv)
+    return [(scan_fwd, forward), (scan_bwd, backward), (conv_fwd, conv),
+            (conv_bwd, (torch.randn_like(y), torch.randn_like(final), *conv))]
+
+
+@pytest.mark.parametrize("absent", [
+    pytest.param((), id="all"),
+    pytest.param(("D", "z", "delta_bias", "initial_state", "bias"), id="bare", marks=pytest.mark.slow)])
+def test_opcheck(absent):
+    for op, args in op_arguments(absent):
+        result = torch.library.opcheck(op, args)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def test_fakes_have_the_real_strides():
+    for op, args in op_arguments():
+        meta = [a.detach().to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+        with torch.no_grad():
+            real, fake = op(*args), op(*meta)
+        for a, b in zip(real, fake):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def test_compiled_fullgraph_has_equal_gradients():
+    def f(x, c, reset):
+        y, h = selective_scan(**x, delta_softplus=True, reset=reset, return_last_state=True)
+        v, taps = causal_conv1d(**c, activation="silu", reset=reset, return_final_state=True)
+        return y, h, v, taps
+
+    x, c = scan_inputs(2, 9, 3, 2), conv_inputs(2, 9, 3, 4)
+    reset = resets(2, 9, [(1, 4)])
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    both = {**x, **{f"conv_{k}": v for k, v in c.items()}}
+    assert_near(grads(compiled(x, c, reset), both), grads(f(x, c, reset), both), 1e-12)
+
+
+def test_the_environment_forces_a_path(monkeypatch):
+    x = scan_inputs(1, 4, 2, 2)
+    calls = []
+    monkeypatch.setattr(kernels, "selective_scan_oracle", lambda *a: calls.append(a) or (a[0], a[0]))
+    monkeypatch.setenv("KERNELS", "oracle")
+    selective_scan(**x)
+    assert len(calls) == 1
+    monkeypatch.setenv("KERNELS", "cuda")
+    with pytest.raises(ValueError, match="torch, triton or oracle"):
+        selective_scan(**x)
+
+
+def test_shapes_are_checked():
+    x = scan_inputs(2, 4, 3, 2)
+    with pytest.raises(ValueError, match=r"selective_scan: B has shape \(2, 3, 2\), expected .* = \(2, 4, 2\)"):
+        selective_scan(**(x | {"B": x["B"][:, :3]}))
+    with pytest.raises(ValueError, match="causal_conv1d: initial_state"):
+        causal_conv1d(x["u"], torch.ones(3, 4), initial_state=torch.zeros(2, 4, 3))
+    with pytest.raises(ValueError, match="activation"):
+        causal_conv1d(x["u"], torch.ones(3, 4), activation="gelu")
+
+
+# -- the drop-in signatures, against einsum forms written from the packages' documentation
+
+def scan_by_einsum(u, delta, A, B, C, D, z, bias, groups):
+    """(b, d, l) layout; B and C (b, groups, n, l)"""
+    dt = F.softplus(delta + bias[:, None])
+    repeat = u.shape[1] // groups
+    B, C = B.repeat_interleave(repeat, 1), C.repeat_interleave(repeat, 1)  # (b, d, n, l)
+    h, ys = torch.zeros(u.shape[0], u.shape[1], A.shape[1], dtype=u.dtype), []
+    for t in range(u.shape[2]):
+        decay = torch.exp(torch.einsum("bd,dn->bdn", dt[..., t], A))
+        h = decay * h + torch.einsum("bd,bdn->bdn", (dt * u)[..., t], B[..., t])
+        ys.append(torch.einsum("bdn,bdn->bd", h, C[..., t]))
+    return (torch.stack(ys, -1) + D[:, None] * u) * F.silu(z), h
+
+
+@pytest.mark.parametrize("form", ["variable", "groups", "constant"])
+def test_selective_scan_fn(form):
+    gen = torch.Generator().manual_seed(0)
+    b, d, l, n, groups = 2, 4, 7, 3, {"variable": 1, "groups": 2, "constant": 4}[form]
+    rand = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)  # noqa: E731
+    u, delta, z, A, D, bias = rand(b, d, l), rand(b, d, l), rand(b, d, l), -rand(d, n).exp(), rand(d), rand(d)
+    B, C = {"variable": lambda: (rand(b, n, l), rand(b, n, l)), "groups": lambda: (rand(b, 2, n, l), rand(b, 2, n, l)),
+            "constant": lambda: (rand(d, n), rand(d, n))}[form]()
+    full = {"variable": lambda m: m[:, None], "groups": lambda m: m,
+            "constant": lambda m: m[None, :, :, None].expand(b, d, n, l)}[form]
+    y, last = selective_scan_fn(u, delta, A, B, C, D, z, bias, True, return_last_state=True)
+    expected = scan_by_einsum(u, delta, A, full(B), full(C), D, z, bias, groups)
+    assert_near((y, last), expected, 1e-12)
+    with pytest.raises(NotImplementedError, match="complex"):
+        selective_scan_fn(u, delta, A.to(torch.complex128), B, C)
+
+
+def test_causal_conv1d_fn_with_seq_idx():
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 12, generator=gen, dtype=torch.float64)
+    weight, bias = torch.randn(3, 4, generator=gen).double(), torch.randn(3, generator=gen).double()
+    seq_idx = torch.tensor([[0] * 5 + [1] * 4 + [-1] * 3], dtype=torch.int32)
+    y = causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
+    for part in (slice(0, 5), slice(5, 9)):
+        expected = F.silu(F.conv1d(F.pad(x[..., part], (3, 0)), weight[:, None], bias, groups=3))
+        torch.testing.assert_close(y[..., part], expected)
+    assert (y[..., 9:] == 0).all()
+
+
+def test_updates_continue_what_the_sequence_forms_leave():
+    gen = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)  # noqa: E731
+    x, weight, bias = rand(2, 3, 9), rand(3, 4), rand(3)
+    whole = causal_conv1d_fn(x, weight, bias, activation="silu")
+    _, state = causal_conv1d_fn(x[..., :5], weight, bias, return_final_states=True, activation="silu")
+    state = state.contiguous()
+    for t in range(5, 9):
+        torch.testing.assert_close(causal_conv1d_update(x[..., t], state, weight, bias, "silu"), whole[..., t])
+    u, delta, z, A = rand(2, 3, 9), rand(2, 3, 9), rand(2, 3, 9), -rand(3, 2).exp()
+    B, C, D, dt_bias = rand(2, 2, 9), rand(2, 2, 9), rand(3), rand(3)
+    whole = selective_scan_fn(u, delta, A, B, C, D, z, dt_bias, True)
+    _, h = selective_scan_fn(u[..., :5], delta[..., :5], A, B[..., :5], C[..., :5], D, z[..., :5], dt_bias, True, True)
+    h = h.contiguous()
+    for t in range(5, 9):
+        y = selective_state_update(h, u[..., t], delta[..., t], A, B[..., t], C[..., t], D, z[..., t], dt_bias, True)
+        torch.testing.assert_close(y, whole[..., t])
