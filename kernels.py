@@ -233,7 +233,7 @@ def _taps(x, W, dilation, initial_state, reset):
     span = (W - 1) * dilation
     state = x.new_zeros(b, span, d) if initial_state is None else initial_state.to(x.dtype)
     rows = torch.cat([state, x], 1)
-    if reset is None:
+    if reset is None or not reset.any():  # most blocks of a long text hold no boundary, and masks cost more than taps
         return rows, [None] * W, None
     document = F.pad(reset.cumsum(1), (span, 0))[..., None]  # the state belongs to document 0
     same = [document[:, w * dilation : w * dilation + l] == document[:, span:] for w in range(W)]
@@ -351,10 +351,11 @@ if triton is not None:
                          U_ROW: tl.constexpr, DELTA_ROW: tl.constexpr, Z_ROW: tl.constexpr, DIM: tl.constexpr,
                          PAD: tl.constexpr, N: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr,
                          EVERY: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr):
-        NB: tl.constexpr = min(NS, 16)  # states in registers at a time
-        b = tl.program_id(1).to(tl.int64)
-        batches = tl.num_programs(1).to(tl.int64)
-        d = tl.program_id(0) * BD + (tl.arange(0, BD) ^ zero)
+        NB: tl.constexpr = 16 if NS > 16 else NS  # states in registers at a time
+        tiles: tl.constexpr = (DIM + BD - 1) // BD
+        b = (tl.program_id(0) // tiles).to(tl.int64)
+        batches = (tl.num_programs(0) // tiles).to(tl.int64)
+        d = tl.program_id(0) % tiles * BD + (tl.arange(0, BD) ^ zero)
         n = tl.arange(0, NB)
         nd = n[:, None] * PAD + d[None, :]  # (NB, BD)
         rows = tl.cdiv(L, EVERY) * EVERY
@@ -496,9 +497,9 @@ if triton is not None:
                          EVEN: tl.constexpr):
         Q: tl.constexpr = 4
         S: tl.constexpr = 8
-        b = tl.program_id(1).to(tl.int64)
-        batches = tl.num_programs(1)
-        group = b * tl.num_programs(0) + tl.program_id(0)
+        groups: tl.constexpr = PAD // (TILES * R * Q)
+        b = (tl.program_id(0) // groups).to(tl.int64)
+        batches = tl.num_programs(0) // groups
         s = tl.arange(0, S)[None, None, :] + tl.zeros([R, Q, S], tl.int32)
         i4 = tl.arange(0, T)[:, None, None, None]
         none = tl.zeros([R, Q, S], tl.float32)
@@ -511,7 +512,7 @@ if triton is not None:
             t4 = t[None, :, :, :] + i4
             at = t[None, :, :, :].to(tl.int64)
             for tile in range(TILES):
-                d = (tl.program_id(0) * TILES + tile) * (R * Q) + tl.arange(0, R)[:, None, None] * Q
+                d = (tl.program_id(0) % groups * TILES + tile) * (R * Q) + tl.arange(0, R)[:, None, None] * Q
                 d += (tl.arange(0, Q) ^ zero)[None, :, None]
                 d4 = d[None, :, :, :]
                 ok = (d4 < DIM) & (t4 < L)
@@ -600,7 +601,7 @@ if triton is not None:
                     # the split makes Triton move the channels into registers, where their sum costs one addition each
                     c = tl.permute(_stack(dB[::-1] + dC, 2 * T), [0, 1, 3, 2])  # (R, Q, 2T, S)
                     even, odd = tl.split(tl.permute(tl.reshape(c, [R * Q // 2, 2, 2 * T * S]), [0, 2, 1]))
-                    ptr = dBC + ((group * N + n) * segments + segment) * (2 * T * S) + m
+                    ptr = dBC + ((tl.program_id(0).to(tl.int64) * N + n) * segments + segment) * (2 * T * S) + m
                     tl.store(ptr, tl.load(ptr, mask=(m >= 0) & (tile > 0), other=0.0) + tl.sum(even + odd, 0))
                 y4 = tl.permute(_stack(y, T), [3, 0, 1, 2])
                 gB4 = tl.permute(_stack(gB, T), [3, 0, 1, 2])
@@ -655,14 +656,16 @@ if triton is not None:
             return weight
 
     # With a dilation of STEP each of STEP phases is a sequence of its own; position j of it reads rows j .. j + W - 1.
-    @triton.jit(do_not_specialize=["L"])
-    def _conv_fwd_kernel(x, weight, bias, state, document, y, L, x_batch, x_row, DIM: tl.constexpr, W: tl.constexpr,
-                         STEP: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+    @triton.jit(do_not_specialize=["parts", "L"])
+    def _conv_fwd_kernel(x, weight, bias, state, document, y, parts, L, x_batch, x_row, DIM: tl.constexpr,
+                         W: tl.constexpr, STEP: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
         RESET: tl.constexpr = document is not None
-        d = tl.program_id(0) * BD + tl.arange(0, BD)
-        first = tl.program_id(1) // STEP * ROWS
-        phase = (tl.program_id(1) % STEP).to(tl.int64)
-        b = tl.program_id(2).to(tl.int64)
+        tiles: tl.constexpr = (DIM + BD - 1) // BD
+        d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
+        part = tl.program_id(0) // tiles
+        first = part % parts // STEP * ROWS
+        phase = (part % STEP).to(tl.int64)
+        b = (part // parts).to(tl.int64)
         x += b * x_batch
         if state is not None:
             state += b * ((W - 1) * STEP * DIM)
@@ -693,16 +696,18 @@ if triton is not None:
             docs = docs[T:]
 
     # The gradients of rows first .. first + ROWS - 1; positions first - (W - 1) .. first + ROWS - 1 contribute to them.
-    @triton.jit(do_not_specialize=["L"])
-    def _conv_bwd_kernel(dy, dfinal, x, weight, bias, state, document, dx, dstate, dweight, dbias, L, dy_batch, dy_row,
-                         x_batch, x_row, DIM: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, SILU: tl.constexpr,
-                         ROWS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+    @triton.jit(do_not_specialize=["parts", "L"])
+    def _conv_bwd_kernel(dy, dfinal, x, weight, bias, state, document, dx, dstate, dweight, parts, L, dy_batch,
+                         dy_row, x_batch, x_row, DIM: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr,
+                         SILU: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
         RESET: tl.constexpr = document is not None
         SPAN: tl.constexpr = (W - 1) * STEP
-        d = tl.program_id(0) * BD + tl.arange(0, BD)
-        first = tl.program_id(1) // STEP * ROWS
-        phase = (tl.program_id(1) % STEP).to(tl.int64)
-        b = tl.program_id(2).to(tl.int64)
+        tiles: tl.constexpr = (DIM + BD - 1) // BD
+        d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
+        part = tl.program_id(0) // tiles
+        first = part % parts // STEP * ROWS
+        phase = (part % STEP).to(tl.int64)
+        b = (part // parts).to(tl.int64)
         x += b * x_batch
         dy += b * dy_batch + d
         dx += b * L * DIM + d
@@ -763,24 +768,25 @@ if triton is not None:
             rows = rows[T:]
             docs = docs[T:]
             grads = grads[T:]
-        part = (b * tl.num_programs(1) + tl.program_id(1)) * DIM + d
+        dweight += part.to(tl.int64) * ((W + 1) * DIM) + d
         for w in tl.static_range(W):
-            tl.store(dweight + w * (tl.num_programs(1) * tl.num_programs(2) * DIM) + part, dweights[w], mask=d < DIM)
-        tl.store(dbias + part, total, mask=d < DIM)
+            tl.store(dweight + w * DIM, dweights[w], mask=d < DIM)
+        tl.store(dweight + W * DIM, total, mask=d < DIM)
 
     @triton.jit
     def _scan_step_kernel(state, u, delta, z, A, B, C, D, bias, reset, y, state_b, state_d, state_n, u_b, delta_b, z_b,
-                          A_d, A_n, B_b, C_b, DIM: tl.constexpr, N: tl.constexpr, NS: tl.constexpr,
+                          B_b, C_b, reset_b, A_d, A_n, DIM: tl.constexpr, N: tl.constexpr, NS: tl.constexpr,
                           SOFTPLUS: tl.constexpr, BD: tl.constexpr):
-        d = tl.program_id(0) * BD + tl.arange(0, BD)
+        tiles: tl.constexpr = (DIM + BD - 1) // BD
+        d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
         n = tl.arange(0, NS)
-        b = tl.program_id(1).to(tl.int64)
+        b = (tl.program_id(0) // tiles).to(tl.int64)
         ok = d < DIM
         nd = (n < N)[:, None] & ok[None, :]
         state += b * state_b + n[:, None] * state_n + d[None, :] * state_d
         h = tl.load(state, mask=nd, other=0.0).to(tl.float32)
         if reset is not None:
-            h = tl.where(tl.load(reset + b) != 0, 0.0, h)
+            h = tl.where(tl.load(reset + b * reset_b) != 0, 0.0, h)
         x = tl.load(delta + b * delta_b + d, mask=ok, other=0.0).to(tl.float32) + _channel(bias, d, DIM)
         if SOFTPLUS:
             x = _softplus(x)
@@ -797,18 +803,20 @@ if triton is not None:
         _store(y + b * DIM + d, o, ok, False)
 
     @triton.jit
-    def _conv_step_kernel(state, x, weight, bias, reset, y, state_b, state_row, x_b, DIM: tl.constexpr, W: tl.constexpr,
-                          STEP: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr):
-        d = tl.program_id(0) * BD + tl.arange(0, BD)
-        b = tl.program_id(1).to(tl.int64)
+    def _conv_step_kernel(state, x, weight, bias, reset, y, state_b, state_row, state_d, x_b, reset_b,
+                          DIM: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, SILU: tl.constexpr,
+                          BD: tl.constexpr):
+        tiles: tl.constexpr = (DIM + BD - 1) // BD
+        d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
+        b = (tl.program_id(0) // tiles).to(tl.int64)
         ok = d < DIM
-        state += b * state_b + d
+        state += b * state_b + d * state_d
         new = tl.load(x + b * x_b + d, mask=ok, other=0.0)
         o = _channel(bias, d, DIM) + _channel(weight + (W - 1) * DIM, d, DIM) * new.to(tl.float32)
         for i in range((W - 1) * STEP):
             row = tl.load(state + i * state_row, mask=ok, other=0.0)
             if reset is not None:
-                row = tl.where(tl.load(reset + b) != 0, 0.0, row)
+                row = tl.where(tl.load(reset + b * reset_b) != 0, 0.0, row)
             tap = tl.load(weight + i // STEP * DIM + d, mask=d < tl.where(i % STEP == 0, DIM, 0), other=0.0)
             o += tap.to(tl.float32) * row.to(tl.float32)
             tl.store(state + (i - 1) * state_row, row, mask=d < tl.where(i > 0, DIM, 0))
@@ -853,7 +861,7 @@ if triton is not None:
         saved = state.new_empty(segments if save else 0, b, n, d)
         A2 = _padded(A.t() / math.log(2), ns, lanes * LANES, device=u.device)
         B, C = (_padded(x, b, segments * SEGMENT, ns, device=u.device) for x in (B, C))
-        _scan_fwd_kernel[lanes, b](
+        _scan_fwd_kernel[(lanes * b,)](
             u, delta, z, A2, B, C, D, delta_bias, _gate(reset, segments * SEGMENT), y, state, saved if save else None,
             0, l, *batch, *row, DIM=d, PAD=lanes * LANES, N=n, NS=ns, SOFTPLUS=delta_softplus, EVERY=SEGMENT, T=8,
             BD=LANES, EVEN=l % 8 == 0 and d % LANES == 0, num_warps=1, num_stages=1, enable_fp_fusion=True)
@@ -862,7 +870,7 @@ if triton is not None:
     def _scan_bwd_triton(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
         (b, l, d), n = u.shape, A.shape[1]
         segments, lanes = triton.cdiv(l, SEGMENT), triton.cdiv(d, LANES)
-        tiles = min(4, lanes)
+        tiles = min(4, max(1, b * lanes // 128))  # a program: fewer partial sums, but no SM without one
         groups = triton.cdiv(lanes, tiles)
         pad = groups * tiles * LANES
         dy = torch.zeros_like(u) if dy is None else dy
@@ -873,7 +881,7 @@ if triton is not None:
         dBC = dh.new_empty(b, groups, n, segments, 2, 16, 8)  # one partial sum a group of channels
         A2 = _padded(A.t() / math.log(2), n, pad, device=u.device)
         B, C = (_padded(x.transpose(1, 2), b, n, segments * SEGMENT, device=u.device) for x in (B, C))
-        _scan_bwd_kernel[groups, b](
+        _scan_bwd_kernel[(groups * b,)](
             dy, u, delta, z, A2, B, C, D, delta_bias, _gate(reset, segments * SEGMENT), saved, dh, du, ddelta, dz, dA,
             dD, dbias, dBC, 0, l, *batch, *row, DIM=d, PAD=pad, N=n, SOFTPLUS=delta_softplus, TILES=tiles, R=8, T=16,
             EVEN=l % SEGMENT == 0 and d == pad, num_warps=8, num_stages=1, enable_fp_fusion=True)
@@ -886,19 +894,19 @@ if triton is not None:
         """What both convolution kernels are launched with: 64 rows of a phase and 128 channels a program."""
         (b, l, d), W = x.shape, weight.shape[1]
         lanes = 128 if W <= 4 else LANES
-        grid = triton.cdiv(d, lanes), triton.cdiv(triton.cdiv(l, dilation) + rows, 64) * dilation, b
+        parts = triton.cdiv(triton.cdiv(l, dilation) + rows, 64) * dilation
         state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
         document = None if reset is None else reset.cumsum(1, dtype=torch.int32)
         options = dict(DIM=d, W=W, STEP=dilation, ROWS=64, BD=lanes, num_warps=1, num_stages=1, enable_fp_fusion=True)
-        return grid, weight.t().contiguous(), state, document, options
+        return (triton.cdiv(d, lanes) * parts * b,), parts, weight.t().contiguous(), state, document, options
 
     def _conv_fwd_triton(x, weight, bias, silu, initial_state, reset, dilation):
         _refuse_float64("causal_conv1d", x)
         (x,), (x_batch,), (x_row,) = _rows_contiguous(x)
         (b, l, d), span = x.shape, (weight.shape[1] - 1) * dilation
-        grid, weight, state, document, options = _conv_launch(x, weight, initial_state, reset, dilation, 0)
+        grid, parts, weight, state, document, options = _conv_launch(x, weight, initial_state, reset, dilation, 0)
         y = torch.empty(b, l, d, dtype=x.dtype, device=x.device)
-        _conv_fwd_kernel[grid](x, weight, bias, state, document, y, l, x_batch, x_row, SILU=silu, T=8, **options)
+        _conv_fwd_kernel[grid](x, weight, bias, state, document, y, parts, l, x_batch, x_row, SILU=silu, T=8, **options)
         state = x.new_zeros(b, span, d) if state is None else state
         final = torch.cat([state[:, l:], x[:, max(0, l - span) :]], 1)
         tail = None if reset is None else (F.pad(document, (span, 0))[:, l:] == document[:, -1:])[..., None]
@@ -908,32 +916,35 @@ if triton is not None:
         dy = torch.zeros_like(x) if dy is None else dy
         (dy, x), (dy_batch, x_batch), (dy_row, x_row) = _rows_contiguous(dy, x)
         (b, l, d), W = x.shape, weight.shape[1]
-        grid, weight, state, document, options = _conv_launch(x, weight, initial_state, reset, dilation, W - 1)
+        grid, parts, weight, state, document, options = _conv_launch(x, weight, initial_state, reset, dilation, W - 1)
         dfinal = None if dfinal is None else dfinal.contiguous()
         dx, dstate = x.new_empty(b, l, d), x.new_empty(b, (W - 1) * dilation, d)
-        parts = torch.empty(W + 1, b * grid[1], d, device=x.device)
-        _conv_bwd_kernel[grid](dy, dfinal, x, weight, bias, state, document, dx, dstate, parts, parts[W], l, dy_batch,
+        dweight = torch.empty(b * parts, W + 1, d, device=x.device)  # a partial sum a program; the last row is of bias
+        _conv_bwd_kernel[grid](dy, dfinal, x, weight, bias, state, document, dx, dstate, dweight, parts, l, dy_batch,
                                dy_row, x_batch, x_row, SILU=silu, T=4, **options)
-        *dweight, dbias = parts.sum(1)
+        *dweight, dbias = dweight.sum(0)
         return dx, torch.stack(dweight, 1), dbias, dstate
 
     def _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset):
+        _refuse_float64("selective_scan_step", u)
         (b, d), n = u.shape, A.shape[1]
-        (u, delta, z, B, C), (*rows, B_b, C_b), _ = _rows_contiguous(u, delta, z, B, C)
+        (u, delta, z, B, C), batch, _ = _rows_contiguous(u, delta, z, B, C)
         y = torch.empty(b, d, dtype=u.dtype, device=u.device)
-        _scan_step_kernel[triton.cdiv(d, LANES), b](
-            state, u, delta, z, A, B, C, D, delta_bias, reset, y, *state.stride(), *rows, *A.stride(), B_b, C_b, DIM=d,
-            N=n, NS=triton.next_power_of_2(n), SOFTPLUS=delta_softplus, BD=LANES, num_warps=1 if n <= 32 else 4,
-            enable_fp_fusion=True)
+        _scan_step_kernel[(triton.cdiv(d, LANES) * b,)](
+            state, u, delta, z, A, B, C, D, delta_bias, reset, y, *state.stride(), *batch,
+            0 if reset is None else reset.stride(0), *A.stride(), DIM=d, N=n, NS=triton.next_power_of_2(n),
+            SOFTPLUS=delta_softplus, BD=LANES, num_warps=1 if n <= 32 else 4, enable_fp_fusion=True)
         return y
 
     def _conv_step_triton(state, x, weight, bias, silu, reset, dilation):
+        _refuse_float64("causal_conv1d_step", x)
         (b, d), W = x.shape, weight.shape[1]
-        (x,), (x_b,), _ = _rows_contiguous(x)
+        (x,), (x_batch,), _ = _rows_contiguous(x)
         y = torch.empty(b, d, dtype=x.dtype, device=x.device)
-        _conv_step_kernel[triton.cdiv(d, 128), b](
-            state, x, weight.t().contiguous(), bias, reset, y, *state.stride()[:2], x_b, DIM=d, W=W, STEP=dilation,
-            SILU=silu, BD=128, num_warps=1, enable_fp_fusion=True)
+        _conv_step_kernel[(triton.cdiv(d, 128) * b,)](
+            state, x, weight.t().contiguous(), bias, reset, y, *state.stride(), x_batch,
+            0 if reset is None else reset.stride(0), DIM=d, W=W, STEP=dilation, SILU=silu, BD=128, num_warps=1,
+            enable_fp_fusion=True)
         return y
 
 

@@ -43,28 +43,34 @@ class SampleError(Exception):
 # The model
 
 
-def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
-    """The model of a checkpoint of train.py, in eval mode, and the checkpoint. Raises SampleError."""
+def load_checkpoint(path: Path, mmap: bool = False) -> dict:
+    """A checkpoint of train.py; with mmap, what is not read stays on the disk. Raises SampleError."""
     path = Path(path)
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
         newest = sorted(folder.glob("*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)[:3]
-        there = f"--model_path takes one of: {', '.join(map(str, newest))} (newest first)" if newest else \
+        there = f"there are {', '.join(map(str, newest))} (newest first)" if newest else \
             f"{folder}/ holds no checkpoint; train a model first: uv run train.py"
         raise SampleError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; {there}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(damaged)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the optimizer stays on disk
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # what is damaged fails anywhere between zip, pickle and tensors
-        raise SampleError(f"{path} is damaged or no checkpoint ({type(e).__name__}); name another with --model_path, "
-                          "or train a model: uv run train.py") from None
+        raise SampleError(f"{path} is damaged or no checkpoint ({type(e).__name__}); name another, or train a model: "
+                          "uv run train.py") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise SampleError(f"{path} is not a checkpoint of train.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise SampleError(f"{path} has checkpoint format {checkpoint['format']}, this sample.py reads "
-                          f"{CHECKPOINT_FORMAT}; use the sample.py it was trained beside")
+        raise SampleError(f"{path} has checkpoint format {checkpoint['format']}, this program reads "
+                          f"{CHECKPOINT_FORMAT}; use the one it was trained with")
+    return checkpoint
+
+
+def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
+    """The model of a checkpoint, in eval mode, and the checkpoint. Raises SampleError."""
+    checkpoint = load_checkpoint(path, mmap=True)  # the optimizer's state stays on the disk
     try:
         model = GPT(GPTConfig(**checkpoint["model_args"]))
         model.load_state_dict(checkpoint["model"])
@@ -348,8 +354,9 @@ def write_samples(model: GPT, tokenizer: Tokenizer, args):
         if args.num_samples > 1:
             print(f"--- sample {i + 1} of {args.num_samples}")
         print("".join(text) + stream.held, flush=True)
-    speed = f"; {(n_tokens - args.num_samples) / seconds:,.0f} tokens/s" if n_tokens > args.num_samples else ""
-    print(f"{idx.shape[1]:,} prompt tokens in {first - start:.2f} s, {n_tokens:,} new ones{speed}", file=sys.stderr)
+    speed = f" at {(n_tokens - args.num_samples) / seconds:,.0f} tokens/s" if n_tokens > args.num_samples else ""
+    print(f"seed {args.seed}; {idx.shape[1]:,} prompt tokens in {first - start:.2f} s; {n_tokens:,} new ones{speed}",
+          file=sys.stderr)
 
 
 def run(args):
@@ -364,8 +371,7 @@ def run(args):
         fast = args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if fast else "float32"
     print(f"{args.model_path}: step {checkpoint['step']:,}, val_loss {checkpoint['best_val_loss']:.4f}, "
-          f"{model.num_params():,} parameters, {tokenizer.name} tokens; {args.device}, {args.dtype}, seed {args.seed}",
-          file=sys.stderr)
+          f"{model.num_params():,} parameters, {tokenizer.name} tokens; {args.device}, {args.dtype}", file=sys.stderr)
     start = time.perf_counter()
     with torch.autocast(args.device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
         if args.score is not None:

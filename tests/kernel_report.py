@@ -80,21 +80,26 @@ def calls(dtype, reset, device):
     }
 
 
-def launch(name, dtype, reset):
-    """(the jitted function, its grid, {argument: value}) of the launch that a training step makes."""
+def record(jitted, call):
+    """(grid, {argument: value}) of the launch of the jitted function that the call would make."""
     recorded = []
-    jitted = {"selective_scan_fwd": kernels._scan_fwd_kernel, "selective_scan_bwd": kernels._scan_bwd_kernel,
-              "causal_conv1d_fwd": kernels._conv_fwd_kernel, "causal_conv1d_bwd": kernels._conv_bwd_kernel}[name]
 
-    def record(*args, grid, warmup, **options):
-        recorded.append((jitted, grid, dict(zip(jitted.arg_names, args)) | options))
+    def run(*args, grid, warmup, **options):
+        recorded.append((grid, dict(zip(jitted.arg_names, args)) | options))
 
-    jitted.run = record
+    jitted.run = run
     try:
-        calls(dtype, reset, "meta")[name]()
+        call()
     finally:
         del jitted.run
     return recorded[0]
+
+
+def launch(name, dtype, reset):
+    """(the jitted function, its grid, {argument: value}) of the launch that a training step makes."""
+    jitted = {"selective_scan_fwd": kernels._scan_fwd_kernel, "selective_scan_bwd": kernels._scan_bwd_kernel,
+              "causal_conv1d_fwd": kernels._conv_fwd_kernel, "causal_conv1d_bwd": kernels._conv_bwd_kernel}[name]
+    return jitted, *record(jitted, calls(dtype, reset, "meta")[name])
 
 
 def compile_launch(jitted, arguments, sm):
@@ -240,13 +245,12 @@ def check(device, backend):
             inputs = [torch.randn(size).to(device, dtype if size[0] == b else F32) for size in sizes]
             if name == "selective_scan":
                 inputs[2].abs_().neg_()
-            results = []
+            results, douts = [], None
             for function, cast in (name, lambda x: x), (name + "_oracle", torch.Tensor.double):
                 xs = [cast(x).detach().requires_grad_() for x in inputs]
                 options = (True, xs[8], reset, True) if name == "selective_scan" else ("silu", xs[3], reset, True)
                 ys = getattr(kernels, function)(*xs[: 8 if name == "selective_scan" else 3], *options)
-                torch.manual_seed(1)
-                douts = [torch.randn(y.shape).to(y) for y in ys]
+                douts = [(torch.randn(y.shape).to(y) if douts is None else douts[i]).to(y) for i, y in enumerate(ys)]
                 results.append([y.detach() for y in (*ys, *torch.autograd.grad(ys, xs, douts))])
             errors[name, dtype] = max(float((x.double() - y).norm() / y.norm()) for x, y in zip(*results))
     os.environ.pop("KERNELS")

@@ -168,8 +168,7 @@ def same(a, b, path=""):
     ["--dropout", "0.1"],
     ["--optimizer", "muon", "--gradient_accumulation_steps", "2"],
     ["--sequential", "false", "--position", "learned"],
-    pytest.param(["--compile", "true"], marks=pytest.mark.slow),
-], ids=["adamw-dropout", "muon-accumulation", "windows-learned", "compiled"])
+], ids=["adamw-dropout", "muon-accumulation", "windows-learned"])
 def test_resume_is_bit_for_bit(folder, extra):
     common = ["--max_iters", 20, "--checkpoint_interval", 10, "--eval_interval", 5, *extra]
     run(*common)
