@@ -104,7 +104,7 @@ def _part(x, f, *index):
 
 
 def _states(u, delta, A2, B, delta_bias, delta_softplus, reset, h, a, x):
-    """Fill a with the decays and x with the states after each position, both (T, b, n, d), from the state h before them.
+    """Fill a with the decays and x with the states after each position, both (T, b, n, d), from the state h before.
 
     A2 is A log2(e). Returns dt and delta + bias, (T, b, d)."""
     raw = delta if delta_bias is None else delta + delta_bias
@@ -227,7 +227,7 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
 # ---------------------------------------------------------------- the convolution in plain torch
 
 def _taps(x, W, dilation, initial_state, reset):
-    """The rows that the taps read, (b, span + l, d), and the masks (b, l, 1) of those in the same document as the position
+    """The rows that the taps read, (b, span + l, d), the masks (b, l, 1) of those in the same document as the position
     that reads them, one mask a tap, and (b, span, 1) for the rows that become the final state."""
     b, l, d = x.shape
     span = (W - 1) * dilation
@@ -658,7 +658,8 @@ if triton is not None:
     # With a dilation of STEP each of STEP phases is a sequence of its own; position j of it reads rows j .. j + W - 1.
     @triton.jit(do_not_specialize=["parts", "L"])
     def _conv_fwd_kernel(x, weight, bias, state, document, y, parts, L, x_batch, x_row, DIM: tl.constexpr,
-                         W: tl.constexpr, STEP: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BD: tl.constexpr):
+                         W: tl.constexpr, STEP: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
+                         T: tl.constexpr, BD: tl.constexpr):
         RESET: tl.constexpr = document is not None
         tiles: tl.constexpr = (DIM + BD - 1) // BD
         d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
@@ -1006,8 +1007,8 @@ def scan_fwd(
 
 @torch.library.custom_op("hybrid::scan_bwd", mutates_args=())
 def scan_bwd(
-    dy: Tensor | None, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
+    dy: Tensor | None, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
     reset: Tensor | None, checkpoints: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; an empty tensor for an absent one."""
@@ -1152,13 +1153,15 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
                    reset=None, return_last_state=False):
     """Mamba's selective scan (Algorithm 2 and equation (2a, 2b) of arXiv 2312.00752), channels last.
 
-    u, delta, z: (b, l, d), float32, bfloat16, float16 or float64; A: (d, n), negative; B, C: (b, l, n); D, delta_bias: (d,).
-    delta_softplus: the step is softplus(delta + delta_bias). z gates: y silu(z). initial_state: (b, d, n), zero if absent.
-    reset: (b, l) bool, the state is zeroed before every position where it is true.
-    Returns y (b, l, d) in u's dtype, with return_last_state also the state (b, d, n) in float32 (float64 for float64 u).
-    Differentiable in every floating-point argument, and through both states. ValueError for a shape that does not fit."""
+    u, delta, z: (b, l, d), float32, bfloat16, float16 or float64; A: (d, n), negative; B, C: (b, l, n);
+    D, delta_bias: (d,). delta_softplus: the step is softplus(delta + delta_bias). z gates: y silu(z).
+    initial_state: (b, d, n), zero if absent. reset: (b, l) bool, the state is zeroed before each position where it is
+    true. Returns y (b, l, d) in u's dtype, with return_last_state also the state (b, d, n) in float32 (float64 for
+    float64 u). Differentiable in every floating-point argument, and through both states. ValueError for a shape that
+    does not fit."""
     if u.dim() != 3 or A.dim() != 2 or 0 in u.shape:
-        raise ValueError(f"selective_scan: u {tuple(u.shape)} must be (b, l, d), not empty, and A {tuple(A.shape)} (d, n)")
+        raise ValueError(f"selective_scan: u {tuple(u.shape)} must be (b, l, d), not empty, "
+                         f"and A {tuple(A.shape)} (d, n)")
     (b, l, d), n = u.shape, A.shape[1]
     _expect("selective_scan", delta=(delta, "b, l, d", (b, l, d)), z=(z, "b, l, d", (b, l, d)), A=(A, "d, n", (d, n)),
             B=(B, "b, l, n", (b, l, n)), C=(C, "b, l, n", (b, l, n)), D=(D, "d", (d,)), reset=(reset, "b, l", (b, l)),
@@ -1173,16 +1176,17 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 
 def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, reset=None, return_final_state=False,
                   dilation=1):
-    """Causal depthwise convolution, channels last: y_t = bias + sum_w weight_w x_(t - (W-1-w) dilation), then activation.
+    """Causal depthwise convolution, channels last: y_t = bias + sum_w weight_w x_(t - (W-1-w) dilation).
 
-    x: (b, l, d); weight: (d, W); bias: (d,); activation: None or "silu" ("swish"). initial_state: (b, (W-1) dilation, d),
-    the inputs before x, oldest first, zero if absent. reset: (b, l) bool, a position where it is true and all after it see
-    nothing from before it. Returns y (b, l, d) in x's dtype, with return_final_state also the next call's initial_state.
-    Differentiable in every floating-point argument, and through both states. ValueError for a shape that does not fit."""
+    x: (b, l, d); weight: (d, W); bias: (d,); activation: None or "silu" ("swish"). initial_state:
+    (b, (W-1) dilation, d), the inputs before x, oldest first, zero if absent. reset: (b, l) bool, a position where it
+    is true and all after it see nothing from before it. Returns y (b, l, d) in x's dtype, with return_final_state also
+    the next call's initial_state. Differentiable in every floating-point argument, and through both states. ValueError
+    for a shape that does not fit."""
     silu = _silu("causal_conv1d", activation)
     if x.dim() != 3 or weight.dim() != 2 or 0 in x.shape or 0 in weight.shape or dilation < 1:
-        raise ValueError(f"causal_conv1d: x {tuple(x.shape)} must be (b, l, d) and weight {tuple(weight.shape)} (d, W), "
-                         f"not empty, dilation {dilation} at least 1")
+        raise ValueError(f"causal_conv1d: x {tuple(x.shape)} must be (b, l, d) and weight {tuple(weight.shape)} "
+                         f"(d, W), not empty, dilation {dilation} at least 1")
     (b, l, d), W = x.shape, weight.shape[1]
     span = (W - 1) * dilation
     _expect("causal_conv1d", weight=(weight, "d, W", (d, W)), bias=(bias, "d", (d,)), reset=(reset, "b, l", (b, l)),
@@ -1194,8 +1198,8 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, res
 
 
 def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, reset=None):
-    """One position of selective_scan: state (b, d, n) is updated in place; u, delta, z: (b, d); B, C: (b, n); reset: (b,)
-    bool. Returns y (b, d). For decoding: few calls, no synchronisation, can be captured in a CUDA graph."""
+    """One position of selective_scan: state (b, d, n) is updated in place; u, delta, z: (b, d); B, C: (b, n);
+    reset: (b,) bool. Returns y (b, d). For decoding: few calls, no synchronisation, can be captured in a CUDA graph."""
     if _backend(u.device) == "triton":
         return _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
     f, dtype = state.dtype, u.dtype
@@ -1227,16 +1231,18 @@ def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None,
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
-# ---------------------------------------------------------------- drop-in: mamba_ssm's and causal_conv1d's own signatures
+# ---------------------------------------------------------------- mamba_ssm's and causal_conv1d's own signatures
 
-def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+                      return_last_state=False):
     """mamba_ssm.ops.selective_scan_interface.selective_scan_fn. u, delta, z: (b, d, l); A: (d, n), real; B, C: (d, n),
-    (b, n, l) or (b, groups, n, l); D, delta_bias: (d,). Returns (b, d, l), and the last state (b, d, n), differentiable here."""
+    (b, n, l) or (b, groups, n, l); D, delta_bias: (d,). Returns (b, d, l), and the last state (b, d, n), which is
+    differentiable here."""
     if A.is_complex():
         raise NotImplementedError("selective_scan_fn: complex A is not supported, only real")
     (b, d, l), n = u.shape, A.shape[1]
 
-    def per_channel(x):  # a B or C that differs by channel, (b, l, d, n): none of the fast forms, so one group a channel
+    def per_channel(x):  # a constant B or C differs by channel, and has no fast form: one group a channel
         return x[None, :, :, None].expand(b, d, n, l) if x.dim() == 2 else x[:, None] if x.dim() == 3 else x
 
     B, C = per_channel(B), per_channel(C)  # (b, groups, n, l)
@@ -1247,7 +1253,8 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
         part = [None if x is None else x[:, c].transpose(1, 2) for x in (u, delta, z)]
         B_g, C_g = (x[:, g * x.shape[1] // groups].transpose(1, 2) for x in (B, C))
         D_g, bias_g = (None if x is None else x[c] for x in (D, delta_bias))
-        y, h = selective_scan(part[0], part[1], A[c], B_g, C_g, D_g, part[2], bias_g, delta_softplus, return_last_state=True)
+        y, h = selective_scan(part[0], part[1], A[c], B_g, C_g, D_g, part[2], bias_g, delta_softplus,
+                              return_last_state=True)
         ys.append(y.transpose(1, 2))
         states.append(h)
     y, h = torch.cat(ys, 1), torch.cat(states, 1)
@@ -1256,8 +1263,8 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
 
 def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
                      final_states_out=None, activation=None):
-    """causal_conv1d.causal_conv1d_fn. x: (b, d, l); weight: (d, W); bias: (d,); seq_idx: (b, l), equal within a sequence,
-    -1 for padding, whose output is 0; initial_states, final_states_out: (b, d, W-1). Returns (b, d, l)."""
+    """causal_conv1d.causal_conv1d_fn. x: (b, d, l); weight: (d, W); bias: (d,); seq_idx: (b, l), equal within a
+    sequence, -1 for padding, whose output is 0; initial_states, final_states_out: (b, d, W-1). Returns (b, d, l)."""
     reset = None
     if seq_idx is not None:
         reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
@@ -1271,10 +1278,11 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
     return (y, final) if return_final_states else y
 
 
-def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None):
-    """causal_conv1d.causal_conv1d_update. x: (b, d) or (b, d, l); conv_state: (b, d, k >= W-1), newest last, updated in place;
-    cache_seqlens: (b,), conv_state is a ring and x goes in at that position; conv_state_indices: (b,), the rows of a larger
-    conv_state, negative ones are skipped and return 0. Returns y in x's shape."""
+def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None,
+                         conv_state_indices=None):
+    """causal_conv1d.causal_conv1d_update. x: (b, d) or (b, d, l); conv_state: (b, d, k >= W-1), newest last, updated in
+    place; cache_seqlens: (b,), conv_state is a ring and x goes in at that position; conv_state_indices: (b,), the rows
+    of a larger conv_state, negative ones are skipped and return 0. Returns y in x's shape."""
     xs = x[..., None] if x.dim() == 2 else x
     l, k, span = xs.shape[-1], conv_state.shape[-1], weight.shape[1] - 1
     index = None if conv_state_indices is None else conv_state_indices.long()
@@ -1299,12 +1307,11 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
 
 def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False,
                            state_batch_indices=None):
-    """mamba_ssm.ops.triton.selective_state_update.selective_state_update, one position. state: (b, d, n) or (b, h, d, n), in
-    place; x, dt, z: (b, d) or (b, h, d); A: (d, n) or (h, d, n); B, C: (b, n) or (b, groups, n); D, dt_bias: (d,) or (h, d);
-    state_batch_indices: (b,), the rows of a larger state. Returns y in x's shape."""
+    """mamba_ssm.ops.triton.selective_state_update.selective_state_update, one position. state: (b, d, n) or
+    (b, h, d, n), in place; x, dt, z: (b, d) or (b, h, d); A: (d, n) or (h, d, n); B, C: (b, n) or (b, groups, n);
+    D, dt_bias: (d,) or (h, d); state_batch_indices: (b,), the rows of a larger state. Returns y in x's shape."""
     rows = state if state_batch_indices is None else state[state_batch_indices.long()]
     B, C = (m[:, None] if m.dim() == 2 else m for m in (B, C))
-    heads = rows.shape[1] if rows.dim() == 4 else 1
     flat = lambda m, i: m if m is None or rows.dim() == 3 else m.flatten(i, i + 1)  # noqa: E731
     h = flat(rows, 1).to(_state_dtype(x))  # (b, heads d, n)
     x_, dt_, z_ = flat(x, 1), flat(dt, 1), flat(z, 1)
@@ -1325,7 +1332,6 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
         state.copy_(new)
     else:
         state[state_batch_indices.long()] = new
-    assert heads
     return torch.cat(ys, 1).view(x.shape)
 
 

@@ -318,6 +318,15 @@ def test_flags_reach_the_sampler(capsys, hybrid):
         assert out == expected + "\n"
 
 
+@given(st.lists(st.binary(max_size=9), max_size=6), st.integers(1, 5), st.integers(0, 1))
+def test_blocks_of_a_document_do_not_depend_on_how_it_is_read(pieces, T, ahead):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "text_chunks", lambda *_: pieces)
+        blocks = [ids.tolist() for ids in sample.document_blocks(None, Tokenizer(), T, ahead)]
+    document = [EOT, *b"".join(pieces)]
+    assert blocks == [document[i:i + T + ahead] for i in range(0, len(document) - ahead, T)]
+
+
 def score_of(capsys, *argv):
     return {key: float(value) for key, value in map(str.split, run(capsys, *argv).out.splitlines())}
 
