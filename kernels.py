@@ -995,8 +995,7 @@ def _double_backward(forward, inputs, douts, cotangents):
     return [None if x is None else next(second) for x in (*douts, *inputs)]
 
 
-@torch.library.custom_op("hybrid::scan_fwd", mutates_args=())
-def scan_fwd(
+def run_scan_fwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reset: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -1005,8 +1004,7 @@ def scan_fwd(
     return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save)
 
 
-@torch.library.custom_op("hybrid::scan_bwd", mutates_args=())
-def scan_bwd(
+def run_scan_bwd(
     dy: Tensor | None, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
     reset: Tensor | None, checkpoints: Tensor,
@@ -1017,12 +1015,18 @@ def scan_bwd(
     return _fill(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
 
 
+scan_fwd = torch.library.custom_op("hybrid::scan_fwd", run_scan_fwd, mutates_args=())
+
+
 @scan_fwd.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     (b, l, d), n, f = u.shape, A.shape[1], _state_dtype(u)
     last = u.new_empty(b, n, d, dtype=f).transpose(1, 2)
     every = SEGMENT if _backend(u.device) == "triton" else CHUNK
     return u.new_empty(b, l, d), last, u.new_empty((l + every - 1) // every if save else 0, b, n, d, dtype=f)
+
+
+scan_bwd = torch.library.custom_op("hybrid::scan_bwd", run_scan_bwd, mutates_args=())
 
 
 @scan_bwd.register_fake
@@ -1040,7 +1044,7 @@ def _scan_fwd_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _scan_fwd_grad(ctx, dy, dlast, _):
+def _scan_fwd_grad(ctx, dy, dlast, _, scan_bwd=scan_bwd):
     *inputs, initial_state, reset, checkpoints = ctx.saved_tensors
     grads = scan_bwd(dy, dlast, *inputs, ctx.delta_softplus, initial_state, reset, checkpoints)
     *grads, dinitial = _drop(grads, (*inputs, initial_state))
@@ -1068,8 +1072,7 @@ scan_fwd.register_autograd(_scan_fwd_grad, setup_context=_scan_fwd_setup)
 scan_bwd.register_autograd(_scan_bwd_grad, setup_context=_scan_bwd_setup)
 
 
-@torch.library.custom_op("hybrid::conv_fwd", mutates_args=())
-def conv_fwd(
+def run_conv_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, reset: Tensor | None,
     dilation: int,
 ) -> tuple[Tensor, Tensor]:
@@ -1077,8 +1080,7 @@ def conv_fwd(
     return IMPLEMENTATIONS[_backend(x.device)][2](x, weight, bias, silu, initial_state, reset, dilation)
 
 
-@torch.library.custom_op("hybrid::conv_bwd", mutates_args=())
-def conv_bwd(
+def run_conv_bwd(
     dy: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,
     initial_state: Tensor | None, reset: Tensor | None, dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -1088,10 +1090,16 @@ def conv_bwd(
     return _fill(grads, (x, weight, bias, initial_state))
 
 
+conv_fwd = torch.library.custom_op("hybrid::conv_fwd", run_conv_fwd, mutates_args=())
+
+
 @conv_fwd.register_fake
 def _(x, weight, bias, silu, initial_state, reset, dilation):
     b, _, d = x.shape
     return x.new_empty(x.shape), x.new_empty(b, (weight.shape[1] - 1) * dilation, d)
+
+
+conv_bwd = torch.library.custom_op("hybrid::conv_bwd", run_conv_bwd, mutates_args=())
 
 
 @conv_bwd.register_fake
@@ -1105,7 +1113,7 @@ def _conv_fwd_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _conv_fwd_grad(ctx, dy, dfinal):
+def _conv_fwd_grad(ctx, dy, dfinal, conv_bwd=conv_bwd):
     x, weight, bias, initial_state, reset = ctx.saved_tensors
     grads = conv_bwd(dy, dfinal, x, weight, bias, ctx.silu, initial_state, reset, ctx.dilation)
     dx, dweight, dbias, dinitial = _drop(grads, (x, weight, bias, initial_state))
@@ -1132,6 +1140,31 @@ def _conv_bwd_grad(ctx, *cotangents):
 
 conv_fwd.register_autograd(_conv_fwd_grad, setup_context=_conv_fwd_setup)
 conv_bwd.register_autograd(_conv_bwd_grad, setup_context=_conv_bwd_setup)
+
+
+# On a CPU eager calls go past the operators: their first use imports torch._dynamo, seconds of a start, and each call
+# costs more than a small block of work. Only a derivative of the derivative needs the operator again.
+
+class _EagerScan(torch.autograd.Function):
+    forward = staticmethod(run_scan_fwd)
+    setup_context = staticmethod(_scan_fwd_setup)
+
+    @staticmethod
+    def backward(ctx, *douts):
+        return _scan_fwd_grad(ctx, *douts, scan_bwd if torch.is_grad_enabled() else run_scan_bwd)
+
+
+class _EagerConv(torch.autograd.Function):
+    forward = staticmethod(run_conv_fwd)
+    setup_context = staticmethod(_conv_fwd_setup)
+
+    @staticmethod
+    def backward(ctx, *douts):
+        return _conv_fwd_grad(ctx, *douts, conv_bwd if torch.is_grad_enabled() else run_conv_bwd)
+
+
+def _eager(x):
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 # ---------------------------------------------------------------- the public functions
@@ -1170,7 +1203,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     if _backend(u.device) == "oracle":
         return selective_scan_oracle(*args, return_last_state)
     save = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    y, last, _ = scan_fwd(*args, save)
+    y, last, _ = (_EagerScan.apply if _eager(u) else scan_fwd)(*args, save)
     return (y, last) if return_last_state else y
 
 
@@ -1193,7 +1226,7 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, res
             initial_state=(initial_state, "b, (W-1) dilation, d", (b, span, d)))
     if _backend(x.device) == "oracle":
         return causal_conv1d_oracle(x, weight, bias, activation, initial_state, reset, return_final_state, dilation)
-    y, final = conv_fwd(x, weight, bias, silu, initial_state, reset, dilation)
+    y, final = (_EagerConv.apply if _eager(x) else conv_fwd)(x, weight, bias, silu, initial_state, reset, dilation)
     return (y, final) if return_final_state else y
 
 

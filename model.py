@@ -384,8 +384,12 @@ class _FractalGroup:
     def unit(self, z, c):
         B, T, n, H = z.shape
         conv, M = self.weights[c - 1]
-        v, state = causal_conv1d(self.norm(z).reshape(B, T, n * H), conv, activation="silu",
-                                 initial_state=next(self.past), reset=self.reset, return_final_state=True)
+        v, past = self.norm(z).reshape(B, T, n * H), next(self.past)
+        if T == 1 and past is not None and not torch.is_grad_enabled():
+            state = past.to(v.dtype, copy=True)  # the step writes in place; the caller keeps its state
+            v = causal_conv1d_step(state, v[:, 0], conv, None, "silu", None if self.reset is None else self.reset[:, 0])
+        else:
+            v, state = causal_conv1d(v, conv, None, "silu", past, self.reset, return_final_state=True)
         self.states.append(state)
         v = torch.bmm(v.view(B * T, n, H).transpose(0, 1), M)  # (n, B T, H)
         return self.norm(v.transpose(0, 1).view(B, T, n, H))

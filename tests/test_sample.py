@@ -502,14 +502,16 @@ def test_unusable_models_and_files(capsys, hybrid, tmp_path):
 def test_the_reader_may_leave(tmp_path, how):
     endless = save(spelling_model("abé☃".encode(), after_last=ord("a")), tmp_path / "m.pt")
     command = [sys.executable, ROOT / "sample.py", "--model_path", endless, "--max_new_tokens", "1000000000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
-    text = "abé☃" * 10  # UTF-8, whatever the locale
-    assert process.stdout.read(len(text.encode())) == text.encode()
-    if how == "closed pipe":
-        process.stdout.close()
-    else:
-        process.send_signal(signal.SIGINT)
-    assert process.wait(60) == (0 if how == "closed pipe" else 130)
-    assert len(process.stderr.read().splitlines()) == 1  # the model's line
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    try:
+        text = "abé☃" * 10  # UTF-8, whatever the locale
+        assert process.stdout.read(len(text.encode())) == text.encode()
+        if how == "closed pipe":
+            process.stdout.close()
+        else:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == (0 if how == "closed pipe" else 130)
+        assert len(process.stderr.read().splitlines()) == 1  # the model's line
+    finally:
+        process.kill()

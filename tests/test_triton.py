@@ -265,7 +265,7 @@ def test_backward_budget():
 @pytest.mark.slow
 @pytest.mark.parametrize("name, budget", {
     "selective_scan_fwd": (9.2, 1.2, 0.18, 1.1), "selective_scan_bwd": (31.5, 1.5, 0.59, 1.25),
-    "causal_conv1d_fwd": (21, 2, 0.041, 1.05), "causal_conv1d_bwd": (53, 2.2, 0.068, 1.15),
+    "causal_conv1d_fwd": (21, 2.1, 0.041, 1.05), "causal_conv1d_bwd": (53, 2.2, 0.068, 1.15),
 }.items())
 def test_budgets_with_reset(name, budget):
     _budget(name, True, *budget)
