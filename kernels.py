@@ -128,7 +128,7 @@ def _sum_n(weight, x):
 
 def _sum_d(weight, x):
     """sum_d weight (T, b, d) x (T, b, n, d) -> (T, b, n)"""
-    return torch.bmm(x.flatten(0, 1), weight.flatten(0, 1)[..., None]).view(x.shape[:3])
+    return torch.bmm(weight.flatten(0, 1)[:, None], x.flatten(0, 1).transpose(1, 2)).view(x.shape[:3])
 
 
 def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
@@ -207,10 +207,8 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
             g_next = a[0].clone()
             a[1:].mul_(x[:-1])
             a[0].mul_(h)  # a is x_t of the formulas now
-            dA_tile = dA[:, ch]
-            for x_t, dt_t in zip(a.unbind(0), dt.unbind(0)):
-                dA_tile.add_((x_t * dt_t[:, None]).sum(0))
-            ddt = torch.sum(a.mul_(A_t[:, ch]), 2).addcmul_(q, u_t)
+            ddt = torch.mul(a, A_t[:, ch], out=g).sum(2).addcmul_(q, u_t)
+            dA[:, ch] += a.mul_(dt[:, :, None]).sum((0, 1))
             ddt = torch.ops.aten.softplus_backward(ddt, raw, 1, 20) if delta_softplus else ddt
             ddelta[rows, t, ch] = ddt.transpose(0, 1).to(delta.dtype)
             du_t = q.mul_(dt)

@@ -230,6 +230,12 @@ def test_each_tensor_is_read_once_twice_in_the_backward_and_written_once(interpr
         assert times == (2 if name.startswith("scan backward reads") else 1), (name, times)
 
 
+def test_report_compares_like_with_like():
+    """What the report times against transformers' mixer computes the same."""
+    *_, difference = kernel_report.against_transformers("cpu", 5, lambda call: call())
+    assert difference < 2e-6
+
+
 @pytest.mark.parametrize("name", kernel_report.KERNELS)
 @pytest.mark.parametrize("reset", [False, True])
 def test_nothing_of_the_size_of_all_states(name, reset):
