@@ -14,8 +14,10 @@ Letters, in shapes and in code:
 "(2a)" and the like are equations of the Mamba paper, Gu and Dao 2023, arXiv 2312.00752.
 """
 
+import functools
 import math
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,11 @@ try:
 except ImportError:  # no wheels outside Linux: the torch path does everything
     triton = None
 
-CHUNK = 16  # positions between two kept states; the backward pass recomputes the states in between
-TILE = 16384  # (b, n, d) elements a chunk works on at once, so that its temporaries stay in a core's cache
+CHUNK = 8  # positions between two kept states; the backward pass recomputes the states in between
+TILE = 32768  # (b, n, d) elements a chunk works on at once, so that its temporaries stay in a core's cache
+COMPILE = True  # let calls on a CPU compile native code, from COMPILE_FROM state elements (b l d n) on
+COMPILE_FROM = 2**21
+CONV_WORK = 64  # state elements that one element of a convolution counts for
 
 
 def _state_dtype(u):
@@ -85,7 +90,7 @@ def causal_conv1d_oracle(x, weight, bias=None, activation=None, initial_state=No
     return (y, final) if return_final_state else y
 
 
-# ---------------------------------------------------------------- the scan in plain torch
+# ---------------------------------------------------------------- the scan in plain torch, eager
 #
 # The state is kept as (b, n, d), channels innermost, so that every product runs along contiguous channels. Time goes in
 # chunks of T positions; a chunk's decays and states, (T, b, n, d) for one tile of batch and channels, are the only
@@ -131,14 +136,15 @@ def _sum_d(weight, x):
     return torch.bmm(weight.flatten(0, 1)[:, None], x.flatten(0, 1).transpose(1, 2)).view(x.shape[:3])
 
 
-def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
+def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     f = _state_dtype(u)
     (b, l, d), n = u.shape, A.shape[1]
     y = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
     last = torch.zeros(b, n, d, dtype=f, device=u.device)
     if initial_state is not None:
         last.copy_(initial_state.transpose(1, 2))
-    checkpoints = last.new_empty(math.ceil(l / CHUNK) if save else 0, b, n, d)
+    checkpoints = last.new_empty(math.ceil(l / CHUNK) if save else 0, b * d * n)
+    kept = checkpoints.view(-1, b, d, n).transpose(2, 3)
     A2 = (A.t().to(f) / math.log(2)).contiguous()  # (n, d)
     D, delta_bias = (None if x is None else x.to(f) for x in (D, delta_bias))
     for rows, ch in _tiles(b, n, d):
@@ -147,7 +153,7 @@ def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
         for i in range(0, l, CHUNK):
             t = slice(i, i + CHUNK)
             if save:
-                checkpoints[i // CHUNK, rows, :, ch] = h
+                kept[i // CHUNK, rows, :, ch] = h
             u_t, delta_t, z_t = (_part(x, f, rows, t, ch) for x in (u, delta, z))  # (T, b, d)
             B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
             a, x = a_all[: len(u_t)], x_all[: len(u_t)]
@@ -159,10 +165,10 @@ def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
             y[rows, t, ch] = out.transpose(0, 1)
             h = x[-1].clone()
         last[rows, :, ch] = h
-    return y, last.transpose(1, 2), checkpoints
+    return y, last.transpose(1, 2).contiguous(), checkpoints
 
 
-def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, checkpoints):
+def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, checkpoints):
     """With g_t the gradient of h_t:  g_t = C_t dy_t + a_(t+1) g_(t+1),  a_t = exp(dt_t A), everything else follows from
 
         dC_t = sum_d h_t dy_t    dB_t = sum_d g_t dt_t u_t    du_t = dt_t sum_n g_t B_t + D dy_t
@@ -178,6 +184,7 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
     g_last = new(b, n, d) if dlast is None else dlast.transpose(1, 2).to(f, copy=True).contiguous()
     A_t = A.t().to(f).contiguous()  # (n, d)
     A2 = A_t / math.log(2)
+    kept = checkpoints.view(-1, b, d, n).transpose(2, 3)
     D, delta_bias = (None if x is None else x.to(f) for x in (D, delta_bias))
     for rows, ch in _tiles(b, n, d):
         g_next = g_last[rows, :, ch]  # the gradient that reaches the chunk's last state from the right
@@ -188,7 +195,7 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
             B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
             a, x, g = a_all[: len(u_t)], x_all[: len(u_t)], g_all[: len(u_t)]
             bias = None if delta_bias is None else delta_bias[ch]
-            h = checkpoints[i // CHUNK, rows, :, ch]
+            h = kept[i // CHUNK, rows, :, ch].contiguous()
             dt, raw = _states(u_t, delta_t, A2[:, ch], B_t, bias, delta_softplus, reset_t, h, a, x)
             dy_t = torch.zeros_like(u_t) if dy_t is None else dy_t
             if z is not None:
@@ -222,7 +229,7 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
     return du, ddelta, dA.t(), dB, dC, dD, dz, dbias, g_last.transpose(1, 2)
 
 
-# ---------------------------------------------------------------- the convolution in plain torch
+# ---------------------------------------------------------------- the convolution in plain torch, eager
 
 def _taps(x, W, dilation, initial_state, reset):
     """The rows that the taps read, (b, span + l, d), the masks (b, l, 1) of those in the same document as the position
@@ -242,7 +249,7 @@ def _where(mask, x):
     return x if mask is None else x.masked_fill(~mask, 0)
 
 
-def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
+def _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation):
     f, l = _state_dtype(x), x.shape[1]
     rows, same, tail = _taps(x, weight.shape[1], dilation, initial_state, reset)
     y = torch.zeros(x.shape, dtype=f, device=x.device)
@@ -252,7 +259,7 @@ def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
     return (F.silu(y) if silu else y).to(x.dtype), _where(tail, rows[:, l:]).clone()
 
 
-def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
+def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
     f, (b, l, d), W = _state_dtype(x), x.shape, weight.shape[1]
     rows, same, tail = _taps(x, W, dilation, initial_state, reset)
     span, rows, weight_f = rows.shape[1] - l, rows.to(f), weight.to(f)
@@ -272,6 +279,269 @@ def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
         dweight[:, w] = (dy_w * rows[:, seen]).sum((0, 1))
     dbias = rows.new_zeros(0) if bias is None else dy.sum((0, 1))
     return drows[:, span:].clone(), dweight, dbias, drows[:, :span].clone()
+
+
+# ---------------------------------------------------------------- the same, compiled for the CPU at hand
+#
+# Each function below is written in torch, for one chunk or for one convolution, and runs as it stands or as the native
+# code that Inductor makes of it: one loop nest for all states of a channel, vectors along n, any batch, length and
+# width. A chunk's outputs are views, its last arguments. Polynomials replace exp and log1p, which would cost the most.
+
+def _fast_exp2(x):
+    """2^x to 1 ulp or so: 2^round(x) goes into the exponent's bits, a polynomial gives the rest. 2^-126 below that."""
+    x = torch.where(x > -126.0, x, -126.0)
+    r = x + 12582912.0  # 1.5 2^23: round(x) is in the last bits now
+    f = x - (r - 12582912.0)  # -0.5 .. 0.5
+    p = 1.5403530e-4 * f + 1.3333558e-3
+    for c in (9.6181291e-3, 5.5504108e-2, 2.4022650e-1, 6.9314718e-1, 1.0):
+        p = p * f + c
+    return (p.view(torch.int32) + (r.view(torch.int32) << 23)).view(torch.float32)
+
+
+def _fast_sigmoid(x):
+    return 1 / (1 + _fast_exp2(x * -1.44269504))
+
+
+def _fast_softplus(x):
+    """max(x, 0) + log(1 + w), w = exp(-|x|), by a polynomial fitted to log(1 + w) / w on 0 .. 1; x above 20."""
+    w = _fast_exp2(x.abs() * -1.44269504)
+    p = 0.00512610214
+    for c in (-0.0290740647, 0.0775160868, -0.136022476, 0.190768807, -0.24835399, 0.333181217, -0.49999445,
+              0.999999966):
+        p = p * w + c
+    return torch.where(x > 20, x, torch.relu(x) + p * w)
+
+
+def _keep(x):
+    """x, which Inductor now stores once instead of computing it again wherever it is used."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def _chunk_fwd(u, delta, z, B, C, A2, D, bias, h, y, h_out, reset=None, *, softplus, gated):
+    """One chunk of the scan, from the state h (b, d, n) to h_out; A2 is A log2(e)."""
+    raw = delta + bias
+    dt = _keep(_fast_softplus(raw) if softplus else raw)
+    v = _keep(dt * u)
+    ys = []
+    for t, a_t in enumerate(_fast_exp2(dt[..., None] * A2).unbind(1)):  # (4)
+        h = h if reset is None else h.masked_fill(reset[:, t, None, None], 0)
+        h = a_t * h + v[:, t, :, None] * B[:, t, None]  # (2a)
+        ys.append((h * C[:, t, None]).sum(-1))  # (2b)
+    out = torch.stack(ys, 1) + D * u
+    y.copy_(out * z * _fast_sigmoid(z) if gated else out)
+    h_out.copy_(h)
+
+
+def _chunk_bwd(dy, u, delta, z, B, C, A, A2, D, bias, h, g, dA, dD, dbias, du, ddelta, dz, dB, dC, g_out, dA_out,
+               dD_out, dbias_out, reset=None, *, softplus, gated):
+    """The gradients of one chunk, by the formulas of _scan_bwd_eager. h is the state before it, g (b, d, n) the
+    gradient of the state after it; dA (b, d, n), dD and dbias (d,) are sums so far."""
+    raw = delta + bias
+    dt = _keep(_fast_softplus(raw) if softplus else raw)
+    v = _keep(dt * u)
+    s = _fast_sigmoid(z)
+    w = _keep(dy * z * s) if gated else dy  # the gradient of y before the gate
+    a = _fast_exp2(dt[..., None] * A2).unbind(1)
+    before, after = [], []  # the states on both sides of each position
+    for t, a_t in enumerate(a):
+        before.append(h if reset is None else h.masked_fill(reset[:, t, None, None], 0))
+        h = a_t * before[t] + v[:, t, :, None] * B[:, t, None]
+        after.append(h)
+    gs, ys, gB, xA = ([None] * len(a) for _ in range(4))
+    for t in reversed(range(len(a))):
+        gs[t] = g + w[:, t, :, None] * C[:, t, None]
+        gB[t] = (gs[t] * B[:, t, None]).sum(-1)
+        ys[t] = (after[t] * C[:, t, None]).sum(-1)
+        g = a[t] * gs[t]
+        x = g * before[t]
+        g = g if reset is None else g.masked_fill(reset[:, t, None, None], 0)
+        xA[t] = (x * A).sum(-1)
+        dA = dA + x * dt[:, t, :, None]
+    dC.copy_(torch.stack([(h_t * w[:, t, :, None]).sum(1) for t, h_t in enumerate(after)], 1))
+    dB.copy_(torch.stack([(g_t * v[:, t, :, None]).sum(1) for t, g_t in enumerate(gs)], 1))
+    gB = torch.stack(gB, 1)
+    dx = gB * u + torch.stack(xA, 1)
+    dx = _keep(dx * torch.where(raw > 20, 1.0, _fast_sigmoid(raw)) if softplus else dx)
+    du.copy_(gB * dt + D * w)
+    ddelta.copy_(dx)
+    if gated:
+        dz.copy_(dy * (torch.stack(ys, 1) + D * u) * s * (1 + z * (1 - s)))
+    g_out.copy_(g)
+    dA_out.copy_(dA)
+    dD_out.copy_(dD + (w * u).sum((0, 1)))
+    dbias_out.copy_(dbias + dx.sum((0, 1)))
+
+
+CHUNK_FWD = _chunk_fwd, "bTd bTd bTd bTn bTn dn d d bdn bTd bdn"
+CHUNK_BWD = _chunk_bwd, "bTd bTd bTd bTd bTn bTn dn dn d d bdn bdn bdn d d bTd bTd bTd bTn bTn bdn bdn d d"
+
+
+def _taps_fwd(rows, weight, bias, *, silu):
+    """The convolution of rows (b, W-1 + l, d), which begin with the state, with weight (W, d): y (b, l, d)."""
+    l = rows.shape[1] - len(weight) + 1
+    y = sum((weight_w * rows[:, w : w + l] for w, weight_w in enumerate(weight.unbind(0))), bias)
+    return (y * _fast_sigmoid(y) if silu else y,)
+
+
+def _taps_bwd(dy, rows, weight, bias, *, silu):
+    """The gradients of rows, weight and bias."""
+    W, l = len(weight), dy.shape[1]
+    taps = [rows[:, w : w + l] for w in range(W)]
+    if silu:
+        y = sum((weight[w] * taps[w] for w in range(W)), bias)
+        s = _fast_sigmoid(y)
+        dy = _keep(dy * s * (1 + y * (1 - s)))
+    padded = _keep(F.pad(dy, (0, 0, W - 1, W - 1)))
+    drows = sum(weight[w] * padded[:, W - 1 - w : 2 * (W - 1) - w + l] for w in range(W))
+    return drows, torch.stack([(dy * tap).sum((0, 1)) for tap in taps]), dy.sum((0, 1))
+
+
+TAPS_FWD = _taps_fwd, "bLd nd d"
+TAPS_BWD = _taps_bwd, "bld bLd nd d"
+
+
+@functools.cache
+def _compiled(function, letters, n, **options):
+    """`function` as native code for float32 tensors of these shapes: T = CHUNK, n (of a convolution: W) as given,
+    L = l + n - 1, b, l and d any. None where that fails, for want of a C++ compiler. Takes half a minute the first time
+    on a machine, and seconds from Inductor's cache."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    sizes = dict(b=10, l=70, d=40, n=n, L=70 + n - 1)  # none twice: Inductor would take the two for one
+
+    def example(shape):  # chunks are parts of something longer
+        if "T" in shape:
+            return torch.empty(10, 64, sizes[shape[2]])[:, CHUNK : 2 * CHUNK]
+        return torch.empty([sizes[letter] for letter in shape])
+
+    def traced(*tensors):
+        for x, shape in zip(tensors, letters.split()):
+            if "n" in shape:
+                int(x.shape[shape.index("n")])  # fixes n
+        return function(*tensors, **options) or ()
+
+    fused = {"cpp.enable_floating_point_contract_flag": "fast", "max_pointwise_cat_inputs": 0,
+             "max_fusion_size": 100000, "cpp.max_horizontal_fusion_size": 100000, "cpp.dynamic_threads": True}
+    try:
+        with config.patch(fused), torch.no_grad():
+            graph = make_fx(traced, select_decomp_table(), "symbolic")(*map(example, letters.split()))
+            graph.shape_env = None  # Inductor finds it in the inputs, and could not hash it for its cache
+            fake = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+            with torch._guards.tracing(torch._guards.TracingContext(fake[0].fake_mode)):
+                return compile_fx_inner(graph, fake).current_callable
+    except Exception as error:  # whatever a compiler can do wrong
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"kernels: no native code for this CPU, the slower plain form runs ({reason})", stacklevel=2)
+        return None
+
+
+def _native(kernel, like, elements, n, **options):
+    """The native code of a kernel, or None where the plain form is to run."""
+    wanted = COMPILE and like.device.type == "cpu" and like.dtype != torch.float64 and elements >= COMPILE_FROM
+    return _compiled(*kernel, n, **options) if wanted else None
+
+
+def _chunks(l, *xs):
+    """For each chunk of time the parts of every x, (b, T, ..), None for an absent one."""
+    absent = [None] * math.ceil(l / CHUNK)
+    return list(zip(*(absent if x is None else x.split(CHUNK, 1) for x in xs)))
+
+
+def _run_chunk(native, function, tensors, reset, **options):
+    """Native code where the chunk is whole and holds no boundary; the few others run as they stand."""
+    if tensors[0].shape[1] == CHUNK and not (reset is not None and reset.any()):
+        native(list(tensors))
+    else:
+        function(*tensors, reset, **options)
+
+
+def _plain(d, u, A, z, delta_bias, D, *rest):
+    """What the chunk functions take, in float32 and contiguous, with a neutral tensor for what is absent."""
+    neutral = u.new_zeros(d, dtype=torch.float32)
+    given = (u, A, u if z is None else z, *(neutral if x is None else x for x in (delta_bias, D)), *rest)
+    return [x.to(torch.float32).contiguous() for x in given]
+
+
+def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
+    (b, l, d), n = u.shape, A.shape[1]
+    u_, A, z_, bias, D, delta, B, C = _plain(d, u, A, z, delta_bias, D, delta, B, C)
+    y, last, A2 = torch.empty_like(u_), A.new_empty(b, d, n), A / math.log(2)
+    chunks = _chunks(l, u_, delta, z_, B, C, y, reset)
+    checkpoints = A.new_empty(len(chunks) if save else 0, b * d * n)
+    in_turn = last, torch.empty_like(last)
+    states = [*checkpoints.view(-1, b, d, n), last] if save else \
+        [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)]
+    states[0].copy_(last.zero_() if initial_state is None else initial_state)
+    for (*x, y_t, reset_t), h, h_out in zip(chunks, states[:-1], states[1:]):
+        _run_chunk(native, _chunk_fwd, (*x, A2, D, bias, h, y_t, h_out), reset_t,
+                   softplus=delta_softplus, gated=z is not None)
+    return y.to(u.dtype), last, checkpoints
+
+
+def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
+                     checkpoints):
+    (b, l, d), n = u.shape, A.shape[1]
+    dy = torch.zeros_like(u) if dy is None else dy
+    u, A, z_, bias, D, delta, B, C, dy = _plain(d, u, A, z, delta_bias, D, delta, B, C, dy)
+    du, ddelta, dz, dB, dC = (torch.empty_like(x) for x in (u, u, u, B, C))
+    sums = A.new_zeros(b, d, n), A.new_zeros(b, d, n), A.new_zeros(d), A.new_zeros(d)  # g, dA, dD, dbias
+    if dlast is not None:
+        sums[0].copy_(dlast)
+    new_sums, A2 = [torch.empty_like(x) for x in sums], A / math.log(2)
+    states, chunks = checkpoints.view(-1, b, d, n), _chunks(l, dy, u, delta, z_, B, C, du, ddelta, dz, dB, dC, reset)
+    for (*x, reset_t), h in reversed(list(zip(chunks, states))):
+        _run_chunk(native, _chunk_bwd, (*x[:6], A, A2, D, bias, h, *sums, *x[6:], *new_sums), reset_t,
+                   softplus=delta_softplus, gated=z is not None)
+        sums, new_sums = new_sums, sums
+    g, dA, dD, dbias = sums
+    return du, ddelta, dA.sum(0), dB, dC, dD, dz, dbias, g
+
+
+def _scan_fwd_torch(u, delta, A, *rest):
+    z, delta_softplus = rest[3], rest[5]
+    native = _native(CHUNK_FWD, u, u.numel() * A.shape[1], A.shape[1], softplus=delta_softplus, gated=z is not None)
+    return _scan_fwd_native(native, u, delta, A, *rest) if native else _scan_fwd_eager(u, delta, A, *rest)
+
+
+def _scan_bwd_torch(dy, dlast, u, delta, A, *rest):
+    z, delta_softplus = rest[3], rest[5]
+    native = _native(CHUNK_BWD, u, u.numel() * A.shape[1], A.shape[1], softplus=delta_softplus, gated=z is not None)
+    args = dy, dlast, u, delta, A, *rest
+    return _scan_bwd_native(native, *args) if native else _scan_bwd_eager(*args)
+
+
+def _conv_native(kernel, x, weight, silu, reset, dilation):
+    if dilation == 1 and not (reset is not None and reset.any()):
+        return _native(kernel, x, x.numel() * CONV_WORK, weight.shape[1], silu=silu)
+
+
+def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
+    native = _conv_native(TAPS_FWD, x, weight, silu, reset, dilation)
+    if native is None:
+        return _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation)
+    rows, _, _ = _taps(x, weight.shape[1], 1, initial_state, None)
+    y, = native([*_plain_taps(rows, weight, bias)])
+    return y.to(x.dtype), rows[:, x.shape[1] :].clone()
+
+
+def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
+    native = None if dy is None else _conv_native(TAPS_BWD, x, weight, silu, reset, dilation)
+    if native is None:
+        return _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation)
+    rows, _, _ = _taps(x, weight.shape[1], 1, initial_state, None)
+    drows, dweight, dbias = native([dy.float().contiguous(), *_plain_taps(rows, weight, bias)])
+    if dfinal is not None:
+        drows[:, x.shape[1] :] += dfinal
+    span = weight.shape[1] - 1
+    return drows[:, span:], dweight.t(), dbias, drows[:, :span]
+
+
+def _plain_taps(rows, weight, bias):
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return [x.float().contiguous() for x in (rows, weight.t(), bias)]
 
 
 # ---------------------------------------------------------------- Triton
@@ -857,14 +1127,14 @@ if triton is not None:
         y = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
         h0 = None if initial_state is None else initial_state.transpose(1, 2)
         state = _padded(h0, b, ns, lanes * LANES, device=u.device)
-        saved = state.new_empty(segments if save else 0, b, n, d)
+        saved = state.new_empty(segments if save else 0, b * n * d)
         A2 = _padded(A.t() / math.log(2), ns, lanes * LANES, device=u.device)
         B, C = (_padded(x, b, segments * SEGMENT, ns, device=u.device) for x in (B, C))
         _scan_fwd_kernel[(lanes * b,)](
             u, delta, z, A2, B, C, D, delta_bias, _gate(reset, segments * SEGMENT), y, state, saved if save else None,
             0, l, *batch, *row, DIM=d, PAD=lanes * LANES, N=n, NS=ns, SOFTPLUS=delta_softplus, EVERY=SEGMENT, T=8,
             BD=LANES, EVEN=l % 8 == 0 and d % LANES == 0, num_warps=1, num_stages=1, enable_fp_fusion=True)
-        return y, state[:, :n, :d].contiguous().transpose(1, 2), saved
+        return y, state[:, :n, :d].transpose(1, 2).contiguous(), saved
 
     def _scan_bwd_triton(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
         (b, l, d), n = u.shape, A.shape[1]
@@ -1019,9 +1289,9 @@ scan_fwd = torch.library.custom_op("hybrid::scan_fwd", run_scan_fwd, mutates_arg
 @scan_fwd.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     (b, l, d), n, f = u.shape, A.shape[1], _state_dtype(u)
-    last = u.new_empty(b, n, d, dtype=f).transpose(1, 2)
     every = SEGMENT if _backend(u.device) == "triton" else CHUNK
-    return u.new_empty(b, l, d), last, u.new_empty((l + every - 1) // every if save else 0, b, n, d, dtype=f)
+    checkpoints = u.new_empty((l + every - 1) // every if save else 0, b * d * n, dtype=f)
+    return u.new_empty(b, l, d), u.new_empty(b, d, n, dtype=f), checkpoints
 
 
 scan_bwd = torch.library.custom_op("hybrid::scan_bwd", run_scan_bwd, mutates_args=())
@@ -1228,38 +1498,53 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, res
     return (y, final) if return_final_state else y
 
 
-def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, reset=None):
+def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, reset=None,
+                        return_state=False):
     """One position of selective_scan: state (b, d, n) is updated in place; u, delta, z: (b, d); B, C: (b, n);
-    reset: (b,) bool. Returns y (b, d). For decoding: few calls, no synchronisation, can be captured in a CUDA graph."""
-    if _backend(u.device) == "triton":
-        return _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
-    f, dtype = state.dtype, u.dtype
-    u, delta, B, C = u.to(f), delta.to(f), B.to(f), C.to(f)
+    reset: (b,) bool. Returns y (b, d); with return_state, (y, the next state), and leaves the state it was given as it
+    is. For decoding: few calls, no synchronisation, can be captured in a CUDA graph."""
+    if triton is not None and (u.is_cuda or INTERPRET) and _backend(u.device) == "triton":
+        state = state.clone() if return_state else state
+        y = _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
+        return (y, state) if return_state else y
+    if (dtype := u.dtype) != state.dtype:
+        u, delta, B, C, z = (None if x is None else x.to(state.dtype) for x in (u, delta, B, C, z))
     dt = delta if delta_bias is None else delta + delta_bias
     dt = F.softplus(dt) if delta_softplus else dt
     if reset is not None:
-        state.masked_fill_(reset[:, None, None], 0)
-    state.mul_(torch.exp(dt[:, :, None] * A)).addcmul_((dt * u)[:, :, None], B[:, None, :])  # (2a)
-    y = torch.bmm(state, C[:, :, None])[..., 0]  # (2b)
+        start = reset[:, None, None]
+        state = state.masked_fill(start, 0) if return_state else state.masked_fill_(start, 0)
+    decay = (dt.unsqueeze(2) * A).exp_()
+    state = decay.mul_(state) if return_state else state.mul_(decay)
+    state.addcmul_((dt * u).unsqueeze(2), B.unsqueeze(1))  # (2a)
+    y = torch.bmm(state, C.unsqueeze(2)).squeeze(2)  # (2b)
     y = y if D is None else y.addcmul_(D, u)
-    y = y if z is None else y.mul_(F.silu(z.to(f)))
-    return y.to(dtype)
+    y = y if z is None else y.mul_(F.silu(z))
+    y = y if dtype == state.dtype else y.to(dtype)
+    return (y, state) if return_state else y
 
 
-def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None, dilation=1):
+def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None, dilation=1, return_state=False):
     """One position of causal_conv1d: state (b, (W-1) dilation, d) is updated in place; x: (b, d); reset: (b,) bool.
-    Returns y (b, d)."""
+    Returns y (b, d); with return_state, (y, the next state), and leaves the state it was given as it is."""
     silu = _silu("causal_conv1d_step", activation)
-    if _backend(x.device) == "triton":
-        return _conv_step_triton(state, x, weight, bias, silu, reset, dilation)
+    if triton is not None and (x.is_cuda or INTERPRET) and _backend(x.device) == "triton":
+        state = state.clone() if return_state else state
+        y = _conv_step_triton(state, x, weight, bias, silu, reset, dilation)
+        return (y, state) if return_state else y
+    rows = torch.cat((state, x.unsqueeze(1)), 1)  # (b, span + 1, d)
     if reset is not None:
-        state.masked_fill_(reset[:, None, None], 0)
-    rows = torch.cat([state, x[:, None]], 1)  # (b, span + 1, d)
-    state.copy_(rows[:, 1:])
-    f = _state_dtype(x)
-    y = (rows[:, ::dilation].to(f) * weight.t()).sum(1)
-    y = y if bias is None else y + bias
-    return (F.silu(y) if silu else y).to(x.dtype)
+        rows[:, :-1].masked_fill_(reset[:, None, None], 0)
+    new, f = rows[:, 1:], _state_dtype(x)
+    taps = rows if dilation == 1 else rows[:, ::dilation]
+    y = ((taps if taps.dtype == f else taps.to(f)) * weight.t()).sum(1)
+    y = y if bias is None else y.add_(bias)
+    y = F.silu(y, inplace=True) if silu else y
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    if return_state:
+        return y, new
+    state.copy_(new)
+    return y
 
 
 # ---------------------------------------------------------------- mamba_ssm's and causal_conv1d's own signatures
@@ -1278,6 +1563,9 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
 
     B, C = per_channel(B), per_channel(C)  # (b, groups, n, l)
     groups = max(B.shape[1], C.shape[1])
+    if d % groups or groups % B.shape[1] or groups % C.shape[1]:
+        raise ValueError(f"selective_scan_fn: {B.shape[1]} groups of B and {C.shape[1]} of C do not share out evenly "
+                         f"among {d} channels")
     ys, states = [], []
     for g in range(groups):
         c = slice(g * d // groups, (g + 1) * d // groups)
@@ -1304,16 +1592,17 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
     y, final = y.transpose(1, 2), final.transpose(1, 2)
     if seq_idx is not None:
         y = y.masked_fill((seq_idx < 0)[:, None], 0)
-    if final_states_out is not None:
-        final = final_states_out.copy_(final)
-    return (y, final) if return_final_states else y
+    if not return_final_states:
+        return y
+    return y, final if final_states_out is None else final_states_out.copy_(final)
 
 
+@torch.no_grad()  # else the state would hold every step's graph
 def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None,
                          conv_state_indices=None):
     """causal_conv1d.causal_conv1d_update. x: (b, d) or (b, d, l); conv_state: (b, d, k >= W-1), newest last, updated in
     place; cache_seqlens: (b,), conv_state is a ring and x goes in at that position; conv_state_indices: (b,), the rows
-    of a larger conv_state, negative ones are skipped and return 0. Returns y in x's shape."""
+    of a larger conv_state, negative ones are skipped and return 0. Returns y in x's shape, without gradient."""
     xs = x[..., None] if x.dim() == 2 else x
     l, k, span = xs.shape[-1], conv_state.shape[-1], weight.shape[1] - 1
     index = None if conv_state_indices is None else conv_state_indices.long()
@@ -1325,29 +1614,36 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
         at = cache_seqlens.long()[:, None, None]
         ring = lambda i: ((i.to(x.device) + at) % k).expand(-1, xs.shape[1], -1)  # noqa: E731
         past = state.gather(2, ring(torch.arange(-span, 0)))
-        new = state.scatter(2, ring(torch.arange(l)), xs.to(state.dtype))
+        first = max(l - k, 0)  # what the ring would overwrite at once: scatter leaves the order of duplicates open
+        new = state.scatter(2, ring(torch.arange(first, l)), xs[..., first:].to(state.dtype))
     y = causal_conv1d(xs.transpose(1, 2), weight, bias, activation, past.transpose(1, 2).to(x.dtype)).transpose(1, 2)
     if index is None:
         conv_state.copy_(new)
     else:
         live = index >= 0
         conv_state[index[live]] = new[live]
-        y = y * live[:, None, None]
+        y = y.masked_fill(~live[:, None, None], 0)  # padding may hold anything, even NaN
     return y[..., 0] if x.dim() == 2 else y
 
 
+@torch.no_grad()
 def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False,
                            state_batch_indices=None):
     """mamba_ssm.ops.triton.selective_state_update.selective_state_update, one position. state: (b, d, n) or
     (b, h, d, n), in place; x, dt, z: (b, d) or (b, h, d); A: (d, n) or (h, d, n); B, C: (b, n) or (b, groups, n);
-    D, dt_bias: (d,) or (h, d); state_batch_indices: (b,), the rows of a larger state. Returns y in x's shape."""
-    rows = state if state_batch_indices is None else state[state_batch_indices.long()]
+    D, dt_bias: (d,) or (h, d); state_batch_indices: (b,), the rows of a larger state, negative ones are skipped and
+    return 0. Returns y in x's shape, without gradient."""
+    index = None if state_batch_indices is None else state_batch_indices.long()
+    rows = state if index is None else state[index.clamp(min=0)]
     B, C = (m[:, None] if m.dim() == 2 else m for m in (B, C))
     flat = lambda m, i: m if m is None or rows.dim() == 3 else m.flatten(i, i + 1)  # noqa: E731
     h = flat(rows, 1).to(_state_dtype(x))  # (b, heads d, n)
     x_, dt_, z_ = flat(x, 1), flat(dt, 1), flat(z, 1)
     A_, D_, bias_ = flat(A, 0), flat(D, 0), flat(dt_bias, 0)
     groups = B.shape[1]
+    if rows.shape[1] % groups:
+        raise ValueError(f"selective_state_update: {groups} groups of B and C do not share out evenly among the "
+                         f"{rows.shape[1]} heads of the state {tuple(state.shape)}")
     size = h.shape[1] // groups
     ys = []
     hs = []
@@ -1359,11 +1655,14 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
                                       pick(z_), None if bias_ is None else bias_[c], dt_softplus))
         hs.append(h_g)
     new = torch.cat(hs, 1).view(rows.shape).to(state.dtype)
-    if state_batch_indices is None:
+    y = torch.cat(ys, 1)
+    if index is None:
         state.copy_(new)
     else:
-        state[state_batch_indices.long()] = new
-    return torch.cat(ys, 1).view(x.shape)
+        live = index >= 0
+        state[index[live]] = new[live]
+        y = y.masked_fill(~live[:, None], 0)
+    return y.view(x.shape)
 
 
 if __name__ == "__main__":

@@ -132,10 +132,56 @@ class GPTConfig(BaseModel):
         return []
 
 
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * weight, rms(x) = sqrt(mean(x^2) + eps) over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, C: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return (x * reciprocal_rms(x, self.eps)).mul_(self.weight)
+
+
+def reciprocal_rms(x, eps):
+    """x (..., C) -> 1 / rms(x) (..., 1), in few operations"""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(scalar(eps, x.dtype), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
+@functools.lru_cache(maxsize=16)
+def scalar(value: float, dtype: torch.dtype):
+    return torch.tensor(value, dtype=dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """On a CPU F.rms_norm takes ten passes over memory; this takes five times less time, most of it saved backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = reciprocal_rms(x, eps)
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        # LayerNorm's backward at mean 0, which differs by the mean's own dependence on x: r mean(dy weight)
+        x, weight, r = ctx.saved_tensors
+        C = x.shape[-1]
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, x, [C], torch.zeros_like(r), r, weight, None, [True, True, False])
+        return dx.addcmul_(r, (dy @ weight)[..., None], value=1 / C), dweight, None
+
+
 def make_norm(config: GPTConfig, C: int) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(C, eps=config.norm_eps, bias=config.bias)
-    return nn.RMSNorm(C, eps=config.norm_eps)
+    return RMSNorm(C, config.norm_eps)
 
 
 def map_state(f, state):
@@ -147,24 +193,57 @@ def map_state(f, state):
     return None if state is None else f(state)
 
 
+class Derived(nn.Module):
+    """make(*weights), kept while gradients are off and the weights stay as they are, since decoding asks for it at
+    every token. A weight written to counts a version, one replaced has another address; what may write without a
+    trace (fused optimizers, .data) comes with gradients, train() or eval(), which forget."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.versions = make, None
+
+    def train(self, mode=True):
+        self.versions = None
+        return super().train(mode)
+
+    def get(self, *weights):
+        if torch.is_grad_enabled() or weights[0].is_inference():  # inference tensors count no versions
+            self.versions = None
+            return self.make(*weights)
+        versions = [(w.data_ptr(), w._version) for w in weights]
+        if versions != self.versions:
+            self.versions, self.value = versions, self.make(*weights)
+            self.held = [w.detach() for w in weights]  # so that no new tensor comes to lie at an old address
+        return self.value
+
+
+def one_step(x, state):
+    """Whether x (B, 1, C) is a position of decoding, which mixers take in fewer operations"""
+    return x.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
 def rotary_table(S: int, hs: int, dtype: torch.dtype, device: torch.device):
-    """cos and sin (S, hs / 2) of RoFormer's rotations (arXiv 2104.09864), base 10000, positions 0 .. S-1."""
+    """cos and sin (S, hs) of RoFormer's rotations (arXiv 2104.09864), base 10000, positions 0 .. S-1, for rotate."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     frequency = 10000.0 ** (-torch.arange(0, hs, 2, dtype=wide, device=device) / hs)
-    angle = torch.outer(torch.arange(S, dtype=wide, device=device), frequency)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = torch.outer(torch.arange(S, dtype=wide, device=device), frequency)  # (S, hs / 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-cached_rotary_table = functools.lru_cache(maxsize=16)(rotary_table)  # decoding asks for the same one at every token
+@functools.lru_cache(maxsize=16)
+def cached_rotary_table(*args):
+    """rotary_table, which decoding asks for at every token; never an inference tensor, which training could not use."""
+    with torch.inference_mode(False):
+        return rotary_table(*args)
 
 
 def rotate(x, cos, sin):
-    """x (B, nh, S, hs), cos and sin (S, hs / 2) -> x with its two halves rotated as pairs"""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
+    """x (B, nh, S, hs), cos and sin (S, hs) -> x with its two halves rotated as pairs"""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -190,36 +269,53 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x, state, reset):
         B, T, C = x.shape
-        W, carried = self.window, self.window - 1
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-        plain = state is None and reset is None and T <= W  # the causal triangle alone is the mask
-        document = torch.zeros(B, T, dtype=torch.int, device=x.device) if reset is None else reset.cumsum(1)
-        valid = torch.ones_like(document, dtype=torch.bool)
+        past_k, past_v, past_valid = state or (None, None, None)
+        mask, valid = attention_mask(B, T, self.window, past_valid, reset, x.device)
         if state is not None:
-            past_k, past_v, past_valid = state
             k = torch.cat((past_k.to(k.dtype), k), dim=2)  # (B, nh, S, hs), S = W-1 + T
             v = torch.cat((past_v.to(v.dtype), v), dim=2)
-            valid = torch.cat((past_valid, valid), dim=1)  # (B, S)
-            document = F.pad(document, (carried, 0))
         S = k.shape[2]
-        new_k, new_v, new_valid = k, v, valid & (document == document[:, -1:])
-        if S < carried:
-            new_k, new_v = (F.pad(t, (0, 0, carried - S, 0)) for t in (k, v))
-            new_valid = F.pad(new_valid, (carried - S, 0))
-        last = slice(new_valid.shape[1] - carried, None)
-        new_state = (new_k[:, :, last].contiguous(), new_v[:, :, last].contiguous(), new_valid[:, last])
+        new_k, new_v = last(k, self.window - 1, 2), last(v, self.window - 1, 2)
+        if T > 1:
+            new_k, new_v = new_k.contiguous(), new_v.contiguous()  # or the state would hold on to all of k and v
 
         if self.rope:
             table = rotary_table if torch.compiler.is_compiling() else cached_rotary_table
             cos, sin = table(S, C // self.n_head, x.dtype, x.device)
             q, k = rotate(q, cos[S - T:], sin[S - T:]), rotate(k, cos, sin)
-        mask = None
-        if not plain:
-            behind = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)  # (T, S)
-            mask = ((behind >= 0) & (behind < W)) & (document[:, S - T:, None] == document[:, None]) & valid[:, None]
-            mask = mask[:, None]  # (B, 1, T, S)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), new_state
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (new_k, new_v, valid)
+
+
+def last(t, n, dim):
+    """The last n positions of t along dim, zeros before them where there are fewer"""
+    shape = list(t.shape)
+    if (missing := n - shape[dim]) <= 0:
+        return t.narrow(dim, -missing, n)
+    shape[dim] = missing
+    return torch.cat((t.new_zeros(shape), t), dim)
+
+
+def attention_mask(B, T, W, past_valid, reset, device):
+    """What each query sees, (B, 1, T, S), or None for the plain causal triangle; and which of the last W-1 keys the
+    next call may see, (B, W-1). past_valid (B, W-1): the same for this call, None: the stream starts here."""
+    if past_valid is not None and T == 1:  # nothing in the state is out of reach but by its validity
+        valid = past_valid if reset is None else past_valid & ~reset
+        valid = torch.cat((valid, valid.new_ones(B, 1)), dim=1)
+        return valid[:, None, None], valid[:, 1:]
+    document = torch.zeros(B, T, dtype=torch.int, device=device) if reset is None else reset.cumsum(1)
+    valid = torch.ones_like(document, dtype=torch.bool)
+    if past_valid is not None:
+        document = F.pad(document, (W - 1, 0))
+        valid = torch.cat((past_valid, valid), dim=1)  # (B, S)
+    S = valid.shape[1]
+    now_valid = last(valid & (document == document[:, -1:]), W - 1, 1)
+    if past_valid is None and reset is None and T <= W:
+        return None, now_valid
+    behind = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
+    mask = ((behind >= 0) & (behind < W)) & (document[:, S - T:, None] == document[:, None]) & valid[:, None]
+    return mask[:, None], now_valid
 
 
 def attend(q, k, v, mask, dropout):
@@ -254,6 +350,12 @@ class MambaBlock(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1, self.d_state + 1).float().log().repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, C, bias=False)
+        self.derived = Derived(self.derive)
+
+    @staticmethod
+    def derive(A_log, conv_weight):
+        """A (d_inner, N) and the convolution's taps (d_inner, d_conv), each tap's row contiguous"""
+        return -A_log.exp(), conv_weight.squeeze(1).t().contiguous().t()
 
     def initial_state(self, B, device, dtype):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -261,27 +363,30 @@ class MambaBlock(nn.Module):
                 torch.zeros(B, self.d_inner, self.d_state, device=device, dtype=wide))
 
     def forward(self, x, state, reset):
+        if one_step(x, state):
+            return self.step(x, state, reset)
         conv, h = state or (None, None)
-        one_step = x.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, d_inner) each
-        weight = self.conv1d.weight.squeeze(1)
-        if one_step:
-            conv, h = conv.to(x.dtype, copy=True), h.clone()  # the steps write in place; the caller keeps its state
-            now = None if reset is None else reset[:, 0]
-            x = causal_conv1d_step(conv, x[:, 0], weight, self.conv1d.bias, "silu", reset=now)[:, None]
-        else:
-            x, conv = causal_conv1d(x, weight, self.conv1d.bias, "silu", initial_state=conv, reset=reset,
-                                    return_final_state=True)
+        A, weight = self.derived.get(self.A_log, self.conv1d.weight)
+        x, conv = causal_conv1d(x, weight, self.conv1d.bias, "silu", initial_state=conv, reset=reset,
+                                return_final_state=True)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)  # (B, T, d_inner); its bias joins inside the scan, in float32
-        A = -self.A_log.exp()
-        if one_step:
-            y = selective_scan_step(h, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], self.dt_proj.bias,
-                                    delta_softplus=True, reset=now)[:, None]
-        else:
-            y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True,
-                                  initial_state=h, reset=reset, return_last_state=True)
+        y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True,
+                              initial_state=h, reset=reset, return_last_state=True)
         return self.out_proj(y), (conv, h)
+
+    def step(self, x, state, reset):
+        """forward for one position; each operation costs microseconds here, so there are few"""
+        conv, h = state
+        reset = None if reset is None else reset[:, 0]
+        A, weight = self.derived.get(self.A_log, self.conv1d.weight)
+        x, z = F.linear(x.squeeze(1), self.in_proj.weight).chunk(2, dim=-1)  # (B, d_inner) each
+        x, conv = causal_conv1d_step(conv.to(x.dtype), x, weight, self.conv1d.bias, "silu", reset, return_state=True)
+        dt, B, C = F.linear(x, self.x_proj.weight).split_with_sizes([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)  # (B, d_inner)
+        y, h = selective_scan_step(h, x, dt, A, B, C, self.D, z, self.dt_proj.bias, True, reset, return_state=True)
+        return F.linear(y, self.out_proj.weight).unsqueeze(1), (conv, h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,9 +412,11 @@ class FractalBlock(nn.Module):
 
     Training draws, for each row, call and join, one branch instead of the mean with probability fractal_drop, and
     cuts a module to m levels with probability fractal_level_drop. `levels` = m cuts every module at evaluation.
-    Modules of equal depth run together, padded to the widest, as one batch of matrix products.
+    Modules of equal depth run together, padded to the widest, as one batch of matrix products, and so do the units of
+    different levels that take the same input, z to begin with: u_c(z), u_{c-1}(z) .. u_1(z).
 
-    State: the last w-1 inputs of each application, (B, w-1, n H) for the n modules of a depth, in evaluation order."""
+    State: the last w-1 inputs of each application, (B, w-1, L n H) for the L units of n modules that run together, in
+    evaluation order."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -324,27 +431,45 @@ class FractalBlock(nn.Module):
         self.W_in = nn.Linear(C, 2 * sum(self.dims), bias=False)
         self.fractals = nn.ModuleList(FractalModule(c, H, self.kernel) for c, H in zip(self.depths, self.dims))
         self.W_out = nn.Linear(sum(self.dims), C, bias=False)
+        self.derived = Derived(self.derive)
 
     def budget(self, depth: int) -> int:
         return min(depth, self.levels or depth)
 
     def initial_state(self, B, device, dtype):
-        shapes = [(B, self.kernel - 1, len(group) * max(self.dims[k] for k in group))
-                  for group in self.groups for _ in range(2 ** self.budget(self.depths[group[0]]) - 1)]
-        return tuple(torch.zeros(shape, device=device, dtype=dtype) for shape in shapes)
+        widths = [L * len(group) * max(self.dims[k] for k in group)
+                  for group in self.groups for L in units_together(self.budget(self.depths[group[0]]))]
+        return tuple(torch.zeros(B, self.kernel - 1, width, device=device, dtype=dtype) for width in widths)
+
+    def derive(self, *_):
+        """For each group of n modules of depth C, padded with zeros: convolutions (C, n H, w), matrices (C, n, H, H),
+        transposed, join weights (C - 1, n, 1), 1 / true width and eps (n, 1)"""
+        packed = []
+        for group in self.groups:
+            modules, levels = [self.fractals[k] for k in group], range(self.depths[group[0]])
+            pads = [max(self.dims[k] for k in group) - self.dims[k] for k in group]
+            conv = [F.pad(m.conv[c], (0, 0, 0, p)) for c in levels for m, p in zip(modules, pads)]
+            M = [F.pad(m.M[c].weight, (0, p, 0, p)) for c in levels for m, p in zip(modules, pads)]
+            p = torch.stack([m.a for m in modules], dim=1).sigmoid()[:, :, None]
+            wide = torch.promote_types(p.dtype, torch.float32)
+            inverse_H = getattr(self, f"true_H_{len(levels)}").to(wide).reciprocal()
+            packed.append((torch.stack(conv).unflatten(0, (len(levels), -1)).flatten(1, 2),
+                           torch.stack(M).unflatten(0, (len(levels), -1)).mT, p,
+                           inverse_H, torch.full_like(inverse_H, self.eps)))
+        return packed
 
     def forward(self, x, state, reset):
         z, gate = self.W_in(x).chunk(2, dim=-1)  # (B, T, S) each
         z = z.split(self.dims, dim=-1)
-        applications = sum(2 ** self.budget(self.depths[group[0]]) - 1 for group in self.groups)
-        if state is not None and len(state) != applications:
-            raise ValueError(f"fractal_levels: the state is of {len(state)} applications, this model's setting needs "
-                             f"{applications}; start a new state when the levels change")
-        past = iter([None] * applications if state is None else state)
+        expected = sum(2 ** (self.budget(self.depths[group[0]]) - 1) for group in self.groups)
+        if state is not None and len(state) != expected:
+            raise ValueError(f"fractal_levels: the state is of {len(state)} steps, this model's setting needs "
+                             f"{expected}; start a new state when the levels change")
+        past = iter([None] * expected if state is None else state)
         outputs, states = [None] * len(self.dims), []
-        for group in self.groups:
-            fractal = _FractalGroup(self, group, past, reset, x)
-            padded = [F.pad(z[k], (0, fractal.H - self.dims[k])) for k in group]
+        for group, weights in zip(self.groups, self.derived.get(*self.fractals.parameters())):
+            fractal = _FractalGroup(self, group, weights, past, reset, x)
+            padded = [F.pad(z[k], (0, p)) if (p := fractal.H - self.dims[k]) else z[k] for k in group]
             y = fractal.norm(fractal.run(torch.stack(padded, dim=2)))  # (B, T, n, H)
             for i, k in enumerate(group):
                 outputs[k] = y[:, :, i, : self.dims[k]]
@@ -352,16 +477,18 @@ class FractalBlock(nn.Module):
         return self.W_out(torch.cat(outputs, dim=-1) * F.silu(gate)), tuple(states)
 
 
+def units_together(levels: int) -> list[int]:
+    """How many units each step of a recursion of so many levels runs together, in evaluation order"""
+    return [levels] + [L for deep in range(1, levels) for L in units_together(deep)]
+
+
 class _FractalGroup:
     """One forward call of the n modules of a layer that share a depth, padded to their greatest width H."""
 
-    def __init__(self, block: FractalBlock, group: list[int], past, reset, x):
-        self.modules = [block.fractals[k] for k in group]
+    def __init__(self, block: FractalBlock, group: list[int], weights, past, reset, x):
         self.depth, self.H = block.depths[group[0]], max(block.dims[k] for k in group)
-        self.levels, self.eps, self.past, self.reset, self.states = block.budget(self.depth), block.eps, past, reset, []
-        self.true_H = getattr(block, f"true_H_{self.depth}")  # (n, 1)
-        self.weights = [self._pack(c) for c in range(self.depth)]
-        self.p = torch.stack([m.a for m in self.modules]).sigmoid()  # (n, depth - 1)
+        self.conv, self.M, self.p, self.inverse_H, self.eps = weights
+        self.budget, self.past, self.reset, self.states = block.budget(self.depth), past, reset, []
         self.drop, self.cut = 0.0, None
         if block.training and self.depth > 1:
             shape = (x.shape[0], len(group))
@@ -370,53 +497,70 @@ class _FractalGroup:
             cut_now = torch.rand(shape, device=x.device) < block.level_drop
             self.cut = torch.where(cut_now, cut, self.depth)  # (B, n)
 
-    def _pack(self, c):
-        """Level c of every module: convolutions (n H, w) and transposed matrices (n, H, H), padded with zeros."""
-        pads = [self.H - m.conv[c].shape[0] for m in self.modules]
-        conv = torch.cat([F.pad(m.conv[c], (0, 0, 0, p)) for m, p in zip(self.modules, pads)])
-        return conv, torch.stack([F.pad(m.M[c].weight, (0, p, 0, p)) for m, p in zip(self.modules, pads)]).mT
+    def norm(self, z, copies=None):
+        """z (..., n, H), zero in its padding -> RMS-normalised over each module's true width; copies inserts a
+        dimension of that size before n"""
+        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=self.inverse_H.dtype)
+        r = torch.addcmul(self.eps, norm.square(), self.inverse_H).rsqrt_()
+        if copies is not None:
+            z, r = z.unsqueeze(-3), r.unsqueeze(-3).expand(*r.shape[:-2], copies, -1, -1)
+        y = z * r
+        return y if y.dtype == z.dtype else y.to(z.dtype)
 
-    def norm(self, z):
-        """z (B, T, n, H), zero in its padding -> RMS-normalised over each module's true width"""
-        wide = z if z.dtype == torch.float64 else z.float()
-        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / self.true_H + self.eps)).to(z.dtype)
-
-    def unit(self, z, c):
+    def units(self, z, low, high):
+        """u_low(z) .. u_high(z), (B, T, n, H) each"""
         B, T, n, H = z.shape
-        conv, M = self.weights[c - 1]
-        v, past = self.norm(z).reshape(B, T, n * H), next(self.past)
-        if T == 1 and past is not None and not torch.is_grad_enabled():
-            state = past.to(v.dtype, copy=True)  # the step writes in place; the caller keeps its state
-            v = causal_conv1d_step(state, v[:, 0], conv, None, "silu", None if self.reset is None else self.reset[:, 0])
+        levels, L, past = slice(low - 1, high), high - low + 1, next(self.past)
+        conv, M = self.conv[levels].flatten(0, 1), self.M[levels].flatten(0, 1)  # (L n H, w), (L n, H, H)
+        v = self.norm(z, copies=L).reshape(B, T, L * n * H)
+        if one_step(v, past):
+            reset = None if self.reset is None else self.reset[:, 0]
+            v, state = causal_conv1d_step(past.to(v.dtype), v[:, 0], conv, None, "silu", reset, return_state=True)
         else:
             v, state = causal_conv1d(v, conv, None, "silu", past, self.reset, return_final_state=True)
         self.states.append(state)
-        v = torch.bmm(v.view(B * T, n, H).transpose(0, 1), M)  # (n, B T, H)
-        return self.norm(v.transpose(0, 1).view(B, T, n, H))
+        v = torch.bmm(v.view(B * T, L * n, H).transpose(0, 1), M)  # (L n, B T, H)
+        return self.norm(v.transpose(0, 1).view(B, T, L, n, H)).unbind(2)
 
     def join(self, deep, shallow, c, level):
         """level counts the joins from the top, 1 first; joins at or below a row's cut take the shallow branch"""
-        p = self.p[:, c - 2]  # (n,)
-        if self.cut is None:
-            weight = p[None]
-        else:
+        weight = self.p[c - 2]  # (n, 1)
+        if self.cut is not None:
+            p = weight[:, 0]
             one_branch, take_deep = torch.rand(2, *self.cut.shape, device=deep.device)
             weight = torch.where(one_branch < self.drop, (take_deep < p).to(p.dtype), p)
-            weight = torch.where(level < self.cut, weight, 0.0)  # (B, n)
-        return torch.lerp(shallow, deep, weight[:, None, :, None].to(deep.dtype))
+            weight = torch.where(level < self.cut, weight, 0.0)[:, None, :, None]  # (B, 1, n, 1)
+        return torch.lerp(shallow, deep, weight.to(deep.dtype))
 
     def run(self, z, c=None, level=1):
-        """f_c(z), evaluated shallow branch first"""
+        """f_c(z)"""
         c = self.depth if c is None else c
-        shallow = self.unit(z, c)
-        if c == 1 or level == self.levels:
-            return shallow
-        deep = self.run(self.run(z, c - 1, level + 1), c - 1, level + 1)
-        return self.join(deep, shallow, c, level)
+        low = c - (self.budget - level)  # the level at which the recursion ends
+        y, *shallow = self.units(z, low, c)
+        for i, u in enumerate(shallow, low + 1):  # y = f_{i-1}(z)
+            y = self.join(self.run(y, i - 1, level + c - i + 1), u, i, level + c - i)
+        return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole
+
+class ReLU2(torch.autograd.Function):
+    """relu(x)^2 (arXiv 2109.08668), of which only the result is kept, as the product after it does anyway: its root
+    gives the slope 2 relu(x)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x).square_()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        y, = ctx.saved_tensors
+        return y.sqrt().mul_(dy).mul_(2)
+
 
 class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
@@ -430,7 +574,7 @@ class FeedForward(nn.Module):
     def forward(self, x):
         x = self.c_fc(x)
         if self.activation == "relu2":
-            x = F.relu(x).square()
+            x = ReLU2.apply(x) if torch.is_grad_enabled() else F.relu(x).square_()
         elif self.activation == "gelu_tanh":
             x = F.gelu(x, approximate="tanh")
         else:
@@ -451,17 +595,17 @@ class Block(nn.Module):
         self.mixer = mixer(config, layer)
         self.ffn = FeedForward(config, layer) if config.ffn_mult[layer] else None
         self.ln_2 = make_norm(config, C) if self.ffn else None
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x, state, reset, skip=None):
         if self.resize is not None:
-            x = self.resize(x)
+            x = self.resize(x).to(x.dtype)  # under autocast too, the residual stream stays as exact as the embedding
         if skip is not None:
             x = x + skip
         y, state = self.mixer(self.ln_1(x), state, reset)
-        x = x + self.drop(y)
+        x = x + F.dropout(y, self.dropout, self.training)
         if self.ffn is not None:
-            x = x + self.drop(self.ffn(self.ln_2(x)))
+            x = x + F.dropout(self.ffn(self.ln_2(x)), self.dropout, self.training)
         return x, state
 
 
@@ -473,7 +617,6 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd[0])
         self.wpe = nn.Embedding(config.block_size, config.n_embd[0]) if config.position == "learned" else None
-        self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         mirrors = range((config.n_layer + 1) // 2, config.n_layer) if config.skip_connections else ()
         self.skip = nn.ModuleDict({
@@ -553,14 +696,14 @@ class GPT(nn.Module):
 
     def trunk(self, idx, state=None, reset=None, n_layer=None):
         """idx (B, T) -> the residual stream after the first n_layer layers (B, T, C), and the state there."""
-        layers = self.h[:n_layer]
+        layers = list(self.h)[:n_layer]
         x = self.wte(idx)
         past = [None] * len(layers) if state is None else state["layers"]
         new_state = {}
         if self.wpe is not None:
             pos, new_state["pos"] = self._positions(idx, state, reset)
             x = x + self.wpe(pos)
-        x = self.drop(x)
+        x = F.dropout(x, self.config.dropout, self.training)
         outputs, new_state["layers"] = [], []
         for i, block in enumerate(layers):
             skip = self.skip[str(i)](outputs[self.config.n_layer - 1 - i]) if str(i) in self.skip else None
@@ -651,7 +794,7 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
-LOGITS_AT_ONCE = 2**23  # float32 logits held at a time: 32 MiB
+LOGITS_AT_ONCE = 2**22  # float32 logits held at a time: 16 MiB
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -664,21 +807,23 @@ class LinearCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=x.device)
         need_grad = any(ctx.needs_input_grad)
-        dx = torch.zeros_like(x) if need_grad else None
+        dx = torch.empty_like(x) if need_grad else None
         dw = torch.zeros_like(weight, dtype=wide) if need_grad else None
         for i in range(0, x.shape[0], chunk):
             xc, t = x[i:i + chunk], targets[i:i + chunk, None]
             seen = t >= 0
-            logp = F.log_softmax(F.linear(xc, w).to(wide), dim=-1)
-            loss -= (logp.gather(1, t.clamp(min=0)) * seen).sum()
+            logits = F.log_softmax(F.linear(xc, w).to(wide), dim=-1)
+            loss -= (logits.gather(1, t.clamp(min=0)) * seen).sum()
             if need_grad:
-                dlogits = logp.exp_().scatter_add_(1, t.clamp(min=0), torch.full_like(logp[:, :1], -1.0))
-                dlogits = dlogits.mul_(seen).to(x.dtype)  # (chunk, V): softmax - onehot
+                logits.exp_().scatter_add_(1, t.clamp(min=0), torch.full_like(logits[:, :1], -1.0))
+                dlogits = logits.mul_(seen).to(x.dtype)  # (chunk, V): softmax - onehot
                 dx[i:i + chunk] = dlogits @ w
                 if dw.dtype == x.dtype:
                     dw.addmm_(dlogits.t(), xc)
                 else:
                     dw += dlogits.t() @ xc
+                del dlogits
+            del logits  # before the next chunk's are made
         if need_grad:
             ctx.save_for_backward(dx, dw.to(weight.dtype))
         return loss
@@ -686,8 +831,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None
+        dx, dw = ctx.saved_tensors  # of no further use, so scaled in place: dw may be the largest tensor of all
+        return dx.mul_(grad), dw.mul_(grad), None, None
 
 
 def cross_entropy(x, weight, targets):

@@ -118,7 +118,7 @@ def prefill(model: GPT, idx):
     return logits, state
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
              top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
              generator: torch.Generator | None = None, num_samples: int = 1, n_vocab: int | None = None) -> Iterator:

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernels
@@ -188,6 +188,59 @@ def test_softplus_is_accurate_where_steps_are_small():
         step = selective_scan_step(state, one[:, t], raw[:, t], *(a if a.dim() == 2 else a[:, t] for a in args),
                                    delta_softplus=True)
         torch.testing.assert_close(step.double(), F.softplus(raw[:, t].double()), rtol=3e-7, atol=0)
+
+
+# -- native code made by Inductor
+
+@pytest.fixture
+def native(monkeypatch):
+    monkeypatch.setattr(kernels, "COMPILE", True)
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
+    assert kernels._compiled(*kernels.CHUNK_BWD, 16, softplus=True, gated=True), "needs a C++ compiler: g++ or clang"
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(b=st.integers(1, 3), l=st.sampled_from([1, 7, 8, 9, 16, 24, 37]), d=st.sampled_from([1, 5, 8, 13, 64]), at=AT,
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99),
+       absent=st.sets(st.sampled_from(["D", "delta_bias", "initial_state", "bias"])))
+def test_native_code_equals_oracle(native, b, l, d, at, dtype, seed, absent):
+    """One compilation for any batch, length and width; chunks that are short or hold a boundary run as plain torch."""
+    tolerance = 2e-6 if dtype == torch.float32 else 6e-3
+    x = scan_inputs(b, l, d, 16, absent, dtype, seed)
+    options = dict(delta_softplus=True, reset=resets(b, l, at), return_last_state=True)
+    assert_as_near_as_the_oracle(selective_scan, selective_scan_oracle, x, options, tolerance)
+    x = conv_inputs(b, l, d, 4, 1, absent, dtype, seed)
+    options = dict(activation="silu", reset=resets(b, l, at), return_final_state=True)
+    assert_as_near_as_the_oracle(causal_conv1d, causal_conv1d_oracle, x, options, tolerance)
+    assert kernels._compiled.cache_info().misses <= 4 + 1
+
+
+@pytest.mark.slow
+def test_native_code_of_another_form(native):
+    """No gate, no softplus, few states, no activation: each is a compilation of its own."""
+    x = scan_inputs(2, 19, 10, 3, ("z",), torch.float32)
+    x["delta"] = x["delta"].detach().abs().requires_grad_()
+    options = dict(reset=resets(2, 19, [(1, 9)]), return_last_state=True)
+    assert_as_near_as_the_oracle(selective_scan, selective_scan_oracle, x, options, 2e-6)
+    x = conv_inputs(2, 19, 10, 3, dtype=torch.float32)
+    assert_as_near_as_the_oracle(causal_conv1d, causal_conv1d_oracle, x, dict(return_final_state=True), 2e-6)
+
+
+@pytest.mark.slow
+def test_native_code_inside_a_compiled_graph(native):
+    x = scan_inputs(2, 24, 8, 16, dtype=torch.float32)
+    f = lambda x: selective_scan(**x, delta_softplus=True, return_last_state=True)  # noqa: E731
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_near(grads(compiled(x), x), grads(f(x), x), 1e-6)
+
+
+def test_without_a_compiler_the_plain_form_runs():
+    def broken(x):
+        raise RuntimeError("no compiler")
+
+    with pytest.warns(UserWarning, match="slower plain form runs .RuntimeError: no compiler"):
+        assert kernels._compiled(broken, "d", 1) is None
 
 
 # -- exact derivatives
@@ -391,3 +444,38 @@ def test_updates_continue_what_the_sequence_forms_leave():
     for t in range(5, 9):
         y = selective_state_update(h, u[..., t], delta[..., t], A, B[..., t], C[..., t], D, z[..., t], dt_bias, True)
         torch.testing.assert_close(y, whole[..., t])
+
+
+def test_updates_skip_the_padding_of_a_batch_and_keep_no_graph():
+    gen = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)  # noqa: E731
+    index, live = torch.tensor([2, -1, 0], dtype=torch.int32), [0, 2]
+    x, dt, A, B, C, weight = rand(3, 4), rand(3, 4), -rand(4, 2).exp(), rand(3, 2), rand(3, 2), rand(4, 4)
+    x[1] = float("nan")  # padding may hold anything
+    conv, ssm = rand(5, 4, 3), rand(5, 4, 2)
+    conv_rows, ssm_rows = conv[[2, 0]], ssm[[2, 0]]
+    conv_expected, ssm_expected = conv.clone(), ssm.clone()
+    expected = (causal_conv1d_update(x[live], conv_rows, weight),
+                selective_state_update(ssm_rows, x[live], dt[live], A, B[live], C[live]))
+    conv_expected[[2, 0]], ssm_expected[[2, 0]] = conv_rows, ssm_rows
+    A.requires_grad_(), weight.requires_grad_()
+    ys = (causal_conv1d_update(x, conv, weight, conv_state_indices=index),
+          selective_state_update(ssm, x, dt, A, B, C, state_batch_indices=index))
+    for y, y_live in zip(ys, expected, strict=True):
+        assert (y[1] == 0).all()
+        torch.testing.assert_close(y[live], y_live)
+    assert torch.equal(conv, conv_expected) and torch.equal(ssm, ssm_expected)
+    assert not conv.requires_grad and not ssm.requires_grad
+    with pytest.raises(ValueError, match="2 groups of B and C"):
+        selective_state_update(rand(1, 3, 4, 2), rand(1, 3, 4), rand(1, 3, 4), -rand(3, 4, 2).exp(), rand(1, 2, 2),
+                               rand(1, 2, 2))
+
+
+def test_the_conv_wrappers_write_only_what_upstream_writes():
+    gen = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.randn(*s, generator=gen)  # noqa: E731
+    x, weight, out = rand(2, 3, 9), rand(3, 4), torch.zeros(2, 3, 3)
+    causal_conv1d_fn(x, weight, final_states_out=out)
+    assert (out == 0).all()
+    _, final = causal_conv1d_fn(x, weight, return_final_states=True, final_states_out=out)
+    assert final is out and torch.equal(out, x[..., -3:])

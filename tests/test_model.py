@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy, map_state
+from model import GPT, GPTConfig, LinearCrossEntropy, cached_rotary_table, cross_entropy, map_state
 
 V = 23
 MIXERS = {
@@ -204,8 +204,9 @@ def test_fractal_block_is_its_definition(levels):
         x = torch.randn(11, 12, dtype=torch.double)
         y, state = mixer(x[None], None, None)
         close(y[0], fractal_by_definition(mixer, x, levels), 1e-12)
-        counts = {C: 2 ** min(C, levels or C) - 1 for C in set(mixer.depths)}
-        assert len(state) == sum(counts.values())
+        dims = {C: [H for c, H in zip(mixer.depths, mixer.dims) if c == C] for C in mixer.depths}
+        inputs = sum((2 ** min(C, levels or C) - 1) * len(group) * max(group) for C, group in dims.items())
+        assert sum(s.shape[-1] for s in state) == inputs  # one for each application
 
 
 def test_fractal_draws_come_from_their_own_seed():
@@ -339,6 +340,47 @@ def test_forward_interface():
     assert shapes[: len(shapes) // 2] == shapes[len(shapes) // 2:]
     for a, b in zip(*(map_state(lambda t: t, model(idx, state=s)[0]) for s in (None, initial))):
         close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "fractal"])
+@pytest.mark.parametrize("change", ["in place", "load_state_dict", "data", "optimizer"])
+def test_decoding_sees_weights_that_change(kind, change):
+    """What decoding keeps from token to token follows the weights it is made of."""
+    model, other = make(kind).eval(), make(kind, seed=1).eval()
+    idx = torch.randint(V, (2, 4))
+
+    def decode(model):
+        with torch.no_grad():
+            _, _, state = model(idx[:, :3])
+            return model(idx[:, 3:], state=state)[0]
+
+    decode(model)
+    if change == "in place":
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), other.parameters()):
+                p.copy_(q)
+    elif change == "load_state_dict":
+        model.load_state_dict(other.state_dict())
+    elif change == "data":
+        for p, q in zip(model.parameters(), other.parameters()):
+            p.data = q.data.clone()
+    else:
+        model(idx, idx)[1].backward()
+        torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+        other.load_state_dict(model.state_dict())
+    close(decode(model), decode(other), 1e-12)
+
+
+def test_training_goes_on_after_decoding():
+    """What decoding keeps for the next token must not be an inference tensor, which autograd refuses."""
+    model = make("hybrid")
+    idx = torch.randint(V, (1, 8))
+    cached_rotary_table.cache_clear()
+    with torch.inference_mode():
+        _, _, state = model(idx)
+        model(idx[:, :1], state=state)
+    _, loss, _ = model(idx, idx)
+    loss.backward()
 
 
 def test_compiled_model_is_one_graph_with_equal_gradients():
