@@ -393,7 +393,8 @@ def _taps_bwd(dy, rows, weight, bias, *, silu):
         dy = _keep(dy * s * (1 + y * (1 - s)))
     padded = _keep(F.pad(dy, (0, 0, W - 1, W - 1)))
     drows = sum(weight[w] * padded[:, W - 1 - w : 2 * (W - 1) - w + l] for w in range(W))
-    return drows, torch.stack([(dy * tap).sum((0, 1)) for tap in taps]), dy.sum((0, 1))
+    # row by row first: one sum over all of b l would lose digits
+    return drows, torch.stack([(dy * tap).sum(1).sum(0) for tap in taps]), dy.sum(1).sum(0)
 
 
 TAPS_FWD = _taps_fwd, "bLd nd d"
@@ -1517,7 +1518,7 @@ def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=Non
     decay = (dt.unsqueeze(2) * A).exp_()
     state = decay.mul_(state) if return_state else state.mul_(decay)
     state.addcmul_((dt * u).unsqueeze(2), B.unsqueeze(1))  # (2a)
-    y = torch.bmm(state, C.unsqueeze(2)).squeeze(2)  # (2b)
+    y = (state * C.unsqueeze(1)).sum(2)  # (2b); autocast would round the operands of a product of matrices
     y = y if D is None else y.addcmul_(D, u)
     y = y if z is None else y.mul_(F.silu(z))
     y = y if dtype == state.dtype else y.to(dtype)
