@@ -46,6 +46,10 @@ class GPTConfig(BaseModel):
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before each mixer and FFN")
     norm_eps: float = Field(1e-5, gt=0, description="added to the variance in every norm")
     bias: bool = Field(False, description="biases in attention, feed-forward and layer norms")
+    qk_norm: bool = Field(False, description="RMS norm of each head's queries and keys")
+    zero_init: bool = Field(False, description="mixers and feed-forward layers add nothing at first")
+    ngram_orders: list[Annotated[int, Field(ge=2)]] = Field([], description="hashed n-grams added to the embedding")
+    ngram_rows: PositiveInt = Field(16384, description="rows of each order's table of hashed n-grams")
     activation: Literal["relu2", "gelu_tanh", "silu"] = Field("relu2", description="feed-forward activation")
     dropout: Probability = Field(0.0, description="dropout of embeddings, attention and residual branches")
     tie_weights: bool | None = Field(None, description="lm_head = wte; null: where first and last width agree")
@@ -257,6 +261,8 @@ class MultiHeadAttention(nn.Module):
         self.rope = config.position == "rope"
         self.dropout = config.dropout
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
+        self.q_norm, self.k_norm = (RMSNorm(C // self.n_head, config.norm_eps) if config.qk_norm else None
+                                    for _ in range(2))
         self.c_proj = nn.Linear(C, C, bias=config.bias)
 
     def initial_state(self, B, device, dtype):
@@ -267,6 +273,8 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, state, reset):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         past_k, past_v, past_valid = state or (None, None, None)
         mask, valid = attention_mask(B, T, self.window, past_valid, reset, x.device)
         if state is not None:
@@ -606,6 +614,40 @@ class Block(nn.Module):
         return x, state
 
 
+class NGramEmbedding(nn.Module):
+    """For each order n the last n tokens, hashed to a row of a table; the sum over the orders, (B, T, C).
+
+    State: the last max(orders) - 1 tokens of the document (B, max(orders) - 1), -1 for none."""
+
+    def __init__(self, orders: list[int], rows: int, C: int):
+        super().__init__()
+        self.orders, self.rows, self.reach = sorted(set(orders)), rows, max(orders) - 1
+        self.table = nn.EmbeddingBag(len(self.orders) * rows, C, mode="sum")
+
+    def initial_state(self, B, device):
+        return torch.full((B, self.reach), -1, dtype=torch.long, device=device)
+
+    def forward(self, idx, past, reset):
+        B, T = idx.shape
+        tokens = torch.cat((self.initial_state(B, idx.device) if past is None else past, idx), dim=1)
+        document = None
+        if reset is not None:
+            document = F.pad(reset.cumsum(1), (self.reach, 0))  # (B, reach + T), 0 up to the first reset
+        h, rows = idx, []
+        for n in range(2, self.reach + 2):  # h: the last n tokens as a number of 64 bits, overflow wanted
+            at = slice(self.reach + 1 - n, self.reach + 1 - n + T)
+            token = tokens[:, at]
+            if reset is not None:
+                token = torch.where(document[:, at] == document[:, self.reach:], token, -1)
+            h = (h ^ (h >> 29)) * 0x2545F4914F6CDD1D + token + 1
+            if n in self.orders:
+                rows.append((h ^ (h >> 32)) % self.rows + len(rows) * self.rows)
+        past = tokens[:, T:]
+        if reset is not None:
+            past = torch.where(document[:, T:] == document[:, -1:], past, -1)
+        return self.table(torch.stack(rows, dim=-1).flatten(0, 1)).view(B, T, -1), past
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -614,6 +656,9 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd[0])
         self.wpe = nn.Embedding(config.block_size, config.n_embd[0]) if config.position == "learned" else None
+        self.ngrams = None
+        if config.ngram_orders:
+            self.ngrams = NGramEmbedding(config.ngram_orders, config.ngram_rows, config.n_embd[0])
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         mirrors = range((config.n_layer + 1) // 2, config.n_layer) if config.skip_connections else ()
         self.skip = nn.ModuleDict({
@@ -632,7 +677,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        wte, wpe, lm_head, c_attn, c_fc       N(0, 0.02^2)
+        wte, wpe, lm_head, c_attn, c_fc       N(0, 0.02^2); n-gram table 0
         attention and FFN c_proj, W_out       N(0, (0.02 / sqrt(2 n_layer))^2)
         resize, W_in                          N(0, 1 / fan_in)
         skip                                  0
@@ -642,6 +687,7 @@ class GPT(nn.Module):
                                               log-uniform in [0.001, 0.1]
         A_log, D                              log(1 .. N), 1
         norms, biases                         1, 0
+        zero_init                             c_proj, W_out, out_proj 0
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
@@ -652,7 +698,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=residual_std)
             elif leaf in ("resize", "W_in"):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            elif name.startswith("skip."):
+            elif name.startswith("skip.") or isinstance(module, nn.EmbeddingBag):
                 nn.init.zeros_(module.weight)
             elif isinstance(module, FractalModule):
                 for M in module.M:
@@ -664,6 +710,8 @@ class GPT(nn.Module):
                 module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
             if leaf in ("c_attn", "c_fc", "c_proj") and module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if leaf in ("c_proj", "W_out", "out_proj") and self.config.zero_init:
+                nn.init.zeros_(module.weight)
 
     def initial_state(self, B: int, dtype: torch.dtype | None = None) -> dict:
         """The state at the start of a stream, as explicit tensors; dtype is that of the activations."""
@@ -672,6 +720,8 @@ class GPT(nn.Module):
         state = {"layers": layers}
         if self.wpe is not None:
             state["pos"] = torch.zeros(B, dtype=torch.long, device=weight.device)
+        if self.ngrams is not None:
+            state["ngrams"] = self.ngrams.initial_state(B, weight.device)
         return state
 
     def next_block(self, state: dict) -> dict:
@@ -681,7 +731,7 @@ class GPT(nn.Module):
             return state
         fresh = [map_state(torch.zeros_like, s) if block.kind == "standard" else s
                  for block, s in zip(self.h, state["layers"])]
-        return {"layers": fresh, "pos": torch.zeros_like(state["pos"])}
+        return {**state, "layers": fresh, "pos": torch.zeros_like(state["pos"])}
 
     def set_fractal_levels(self, levels: int | None):
         """Cut every fractal module to at most `levels` levels from now on (None: all). States do not carry over."""
@@ -700,6 +750,9 @@ class GPT(nn.Module):
         if self.wpe is not None:
             pos, new_state["pos"] = self._positions(idx, state, reset)
             x = x + self.wpe(pos)
+        if self.ngrams is not None:
+            grams, new_state["ngrams"] = self.ngrams(idx, None if state is None else state["ngrams"], reset)
+            x = x + grams
         x = F.dropout(x, self.config.dropout, self.training)
         outputs, new_state["layers"] = [], []
         for i, block in enumerate(layers):

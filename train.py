@@ -21,7 +21,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_origin
 
 import torch
 import torch.distributed as dist
@@ -62,11 +62,13 @@ class Config(GPTConfig):
     batch_size: PositiveInt = Field(16, description="rows of a step, for each process")
     gradient_accumulation_steps: PositiveInt = Field(1, description="batches summed into one optimizer step")
     sequential: bool = Field(True, description="contiguous streams with the state carried; false: random windows")
+    carry_state: bool = Field(True, description="false: every block of a stream starts with a fresh state")
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the token stream, its end, kept for validation")
     max_iters: PositiveInt | None = Field(None, description="optimizer steps; null: as epochs says, or 2000")
     epochs: PositiveFloat | None = Field(None, description="passes over the training split, in place of max_iters")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for hidden matrices, AdamW elsewhere")
     learning_rate: PositiveFloat = Field(2e-3, description="highest learning rate")
+    muon_learning_rate: PositiveFloat | None = Field(None, description="Muon's highest one; null: learning_rate")
     min_lr: NonNegativeFloat | None = Field(None, description="last learning rate; null: learning_rate / 10")
     warmup_iters: NonNegativeInt | None = Field(None, description="warm-up steps; null: min(100, max_iters / 20)")
     lr_decay_iters: PositiveInt | None = Field(None, description="step where the cosine ends; null: max_iters")
@@ -163,7 +165,13 @@ def parse_value(key: str, text: str):
     if KEYS[key].annotation is str:
         return text
     if "," in text and not text.startswith(("[", "{")):
-        return [parse_value(key, part) for part in text.split(",")]
+        return [read_json(part) for part in text.split(",")]
+    value = read_json(text)
+    return [value] if get_origin(KEYS[key].annotation) is list and not isinstance(value, list) else value
+
+
+def read_json(text: str):
+    """What the text says in JSON, or the text"""
     try:
         return json.loads(text)
     except ValueError:
@@ -351,14 +359,15 @@ def newest_checkpoint(folder: Path) -> dict:
 
 
 FIXED = (*GPTConfig.model_fields, "tokenizer", "batch_size", "gradient_accumulation_steps", "sequential",
-         "val_fraction", "optimizer", "weight_decay", "beta1", "beta2")
+         "carry_state", "val_fraction", "optimizer", "weight_decay", "beta1", "beta2")
 
 
 def check_resumable(checkpoint: dict, settings: Settings, fingerprint: str, world_size: int):
     """A resumed run must be the same run: every key it depends on agrees with the checkpoint's."""
     then, now = checkpoint["config"], settings.model_dump(by_alias=True)
-    different = [f"{key} is {now['config'][key]} but {then['config'][key]} in the checkpoint"
-                 for key in FIXED if now["config"][key] != then["config"][key]]
+    before = {key: then["config"].get(key, KEYS[key].get_default()) for key in FIXED}  # it may be older than a key
+    different = [f"{key} is {now['config'][key]} but {before[key]} in the checkpoint"
+                 for key in FIXED if now["config"][key] != before[key]]
     if now["seed"] != then["seed"]:
         different.append(f"seed is {now['seed']} but {then['seed']} in the checkpoint")
     if len(checkpoint["rng"]) != world_size:
@@ -404,11 +413,47 @@ def plot_losses(metrics: list[dict], path: Path):
 # Optimizer, schedule, evaluation
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon with the matrices of one shape orthogonalised together, and in float32 on a CPU that multiplies no
+    bfloat16: there torch's own takes longer than the rest of a small model's step."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault((p.shape, p.device), []).append(p)
+            for (shape, device), params in shapes.items():
+                for p in params:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momenta, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                update = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov's, (n, A, B)
+                update = orthogonalise(update, choose_dtype("auto", device), group).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                # 0.2 sqrt(max(A, B)) gives the update the root mean square of AdamW's (arXiv 2502.16982)
+                torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonalise(G, dtype, group):
+    """Newton-Schulz steps towards U V^T of each G = U S V^T, G (n, A, B), as torch.optim.Muon does them."""
+    a, b, c = group["ns_coefficients"]
+    X = G.mT if G.shape[1] > G.shape[2] else G
+    X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])).to(dtype)
+    for _ in range(group["ns_steps"]):
+        gram = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return X.mT if G.shape[1] > G.shape[2] else X
+
+
 def make_optimizers(model: GPT, config: Config, device: torch.device) -> list[torch.optim.Optimizer]:
     """AdamW with decay on the weights of Linear and Embedding, without on all else (A_log, D, a, convolutions, norms,
     biases); with "muon" the Linear weights inside the layers go to Muon, its update scaled to AdamW's size so that
     both share one learning rate."""
-    matrices = {id(m.weight): m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    matrices = {id(m.weight): m.weight for m in model.modules()
+                if isinstance(m, (nn.Linear, nn.Embedding, nn.EmbeddingBag))}
     hidden = {id(m.weight) for part in (model.h, model.skip) for m in part.modules() if isinstance(m, nn.Linear)}
     if config.optimizer == "adamw":
         hidden = set()
@@ -420,19 +465,19 @@ def make_optimizers(model: GPT, config: Config, device: torch.device) -> list[to
     optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cpu", "cuda"))]
     if hidden:
         params = [p for i, p in matrices.items() if i in hidden]
-        optimizers.append(torch.optim.Muon(params, lr=config.learning_rate, weight_decay=config.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(params, lr=config.muon_learning_rate or config.learning_rate,
+                               weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-def learning_rate_at(step: int, config: Config, max_iters: int) -> float:
-    """Linear warm-up, then half a cosine down to min_lr."""
+def schedule_at(step: int, config: Config, max_iters: int) -> float:
+    """The learning rate of a step as a share of the highest: linear warm-up, then half a cosine down to min_lr."""
     warmup = min(100, max_iters // 20) if config.warmup_iters is None else config.warmup_iters
-    end = config.lr_decay_iters or max_iters
+    end, lowest = config.lr_decay_iters or max_iters, config.min_lr / config.learning_rate
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, end - warmup))
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
@@ -509,7 +554,8 @@ class Run:
         self.build_model(checkpoint)
         self.step, self.tokens, self.best_val_loss, self.seconds_before = 0, 0, math.inf, 0.0
         self.metrics, self.writer = [], None
-        self.state = self.model.initial_state(self.config.batch_size, self.dtype) if self.config.sequential else None
+        self.carries = self.config.sequential and self.config.carry_state
+        self.state = self.model.initial_state(self.config.batch_size, self.dtype) if self.carries else None
         torch.manual_seed(settings.seed + 1 + rank)
         if settings.init_from == "resume":
             self.restore(checkpoint)
@@ -553,7 +599,7 @@ class Run:
             raise RunError(f"vocab_size: {config.vocab_size}, but the tokenizer has {n_vocab}; set it to null")
         self.model_args["vocab_size"] = config.vocab_size or n_vocab
         if checkpoint is not None:
-            theirs = checkpoint["model_args"] | {"dropout": config.dropout}
+            theirs = GPTConfig(**checkpoint["model_args"]).model_dump() | {"dropout": config.dropout}
             changed = [key for key in self.model_args if self.model_args[key] != theirs[key]]
             if changed:
                 self.say(f"note: the model is the checkpoint's; the configuration differs in: {', '.join(changed)}")
@@ -670,10 +716,11 @@ class Run:
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step over gradient_accumulation_steps batches; returns loss, learning rate, gradient norm. The
         loss is the mean over all targets of all processes. A step whose loss or gradients are not finite is skipped."""
-        lr = learning_rate_at(self.step, self.config, self.max_iters)
-        for optimizer in self.optimizers:
+        share = schedule_at(self.step, self.config, self.max_iters)
+        highest = self.config.learning_rate, self.config.muon_learning_rate or self.config.learning_rate
+        for optimizer, lr in zip(self.optimizers, highest):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = share * lr
             optimizer.zero_grad(set_to_none=True)
         batches = [[t.to(self.device, non_blocking=True) for t in self.loader.next_batch()]
                    for _ in range(self.config.gradient_accumulation_steps)]
@@ -687,10 +734,10 @@ class Run:
             with contextlib.nullcontext() if last or self.world_size == 1 else self.step_model.no_sync():
                 with self.autocast:
                     _, loss, state = self.step_model(x, y, state=self.state, reset=reset)
-                share = counts[i] / total.clamp(min=1)
-                self.scaler.scale(loss * share * self.world_size).backward()  # DDP divides by the processes again
-            step_loss += loss.detach() * share
-            if self.config.sequential:  # truncated back-propagation: the state goes on, its gradient does not
+                part = counts[i] / total.clamp(min=1)
+                self.scaler.scale(loss * part * self.world_size).backward()  # DDP divides by the processes again
+            step_loss += loss.detach() * part
+            if self.carries:  # truncated back-propagation: the state goes on, its gradient does not
                 self.state = self.model.next_block(map_state(torch.Tensor.detach, state))
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -705,7 +752,7 @@ class Run:
         self.scaler.update()
         self.step += 1
         self.tokens += self.tokens_per_step
-        return step_loss.item(), lr, grad_norm.item()
+        return step_loss.item(), share * self.config.learning_rate, grad_norm.item()
 
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop: all must leave the loop at the same step."""

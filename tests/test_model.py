@@ -15,6 +15,7 @@ from model import (
     FeedForward,
     GPTConfig,
     LinearCrossEntropy,
+    NGramEmbedding,
     RMSNorm,
     cached_rotary_table,
     cross_entropy,
@@ -28,6 +29,8 @@ MIXERS = {
     "fractal": dict(attention_type=["fractal"] * 2, n_embd=12, fractal_dim_range=[8, 24], fractal_count=3),
     "hybrid": dict(attention_type=["mamba", "fractal", "standard", "mamba"], n_embd=[16, 12, 8, 16], n_head=2, window=4,
                    fractal_dim_range=[8, 16], fractal_count=2, d_state=2, skip_connections=True),
+    "n-grams": dict(attention_type=["standard", "fractal"], n_embd=[16, 8], n_head=2, window=5, qk_norm=True,
+                    fractal_dim_range=[8, 16], fractal_count=2, ngram_orders=[4, 2], ngram_rows=50),
 }
 
 
@@ -63,6 +66,7 @@ def tensors(state):
 
 
 def close_states(model, a, b):
+    assert all(a[key].equal(b[key]) for key in a if key != "layers")
     for block, x, y in zip(model.h, a["layers"], b["layers"]):
         if block.kind == "standard":  # slots that are not valid hold anything
             assert x[2].equal(y[2])
@@ -475,6 +479,26 @@ def test_autocast_leaves_the_residual_stream_in_float32(monkeypatch):
     loss.backward()
     assert set(streams) == {torch.float32} and len(streams) == 2 * len(model.h)
     assert dtypes == [(torch.bfloat16,) * 3]  # where the products are fast
+
+
+def test_ngram_rows_are_a_function_of_the_documents_last_n_tokens():
+    """With as good as no collisions, two positions share a row exactly where they share their last n tokens."""
+    orders, rows = [2, 3, 5], 2**40
+    ngrams = NGramEmbedding(orders, 8, 1)
+    ngrams.rows, found = rows, []
+    ngrams.table.forward = lambda index: found.append(index) or torch.zeros(len(index))
+    gen = torch.Generator().manual_seed(0)
+    idx, reset = torch.randint(3, (4, 300), generator=gen), torch.rand(4, 300, generator=gen) < 0.1
+    ngrams(idx, None, reset)
+    index = found[0].view(4, 300, 3)
+    for i, n in enumerate(orders):
+        row_of = {}
+        for b, t in itertools.product(range(4), range(300)):
+            start = max([0] + [s for s in range(t + 1) if reset[b, s]])
+            gram = tuple(idx[b, max(start, t - n + 1):t + 1].tolist())
+            row = index[b, t, i].item()
+            assert i * rows <= row < (i + 1) * rows and row_of.setdefault(gram, row) == row
+        assert len(set(row_of.values())) == len(row_of)
 
 
 # -- norm and activation, whose gradients are written by hand

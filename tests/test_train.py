@@ -308,24 +308,71 @@ def test_accumulation_is_one_larger_batch(folder):
 
 def test_learning_rate_schedule():
     config = train.Config(max_iters=1000, learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=500)
-    rates = [train.learning_rate_at(step, config, 1000) for step in range(1000)]
+    rates = [train.schedule_at(step, config, 1000) * config.learning_rate for step in range(1000)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert rates[255] == pytest.approx(0.55, abs=1e-9) and rates[500:] == [0.1] * 500
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_muon_moves_the_singular_values_alone(transposed):
+    """Each update is U p(p(..p(S))) V^T of the momentum's singular values S / |S|, p(s) = a s + b s^3 + c s^5."""
+    torch.manual_seed(0)
+    weights = [torch.randn(5, 9) for _ in range(3)] + [torch.randn(4, 4)]
+    params = [torch.nn.Parameter(w.t().clone() if transposed else w) for w in weights]
+    muon = train.Muon(params, lr=0.5, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    expected, momenta = [p.detach().double() for p in params], [0] * 4
+    for _ in range(3):
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            g = p.grad.double()
+            momenta[i] = 0.95 * momenta[i] + 0.05 * g
+            U, S, Vh = torch.linalg.svd(0.05 * g + 0.95 * momenta[i], full_matrices=False)
+            S = S / S.norm()
+            for _ in range(5):
+                S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+            expected[i] = expected[i] * (1 - 0.05) - 0.5 * 0.2 * math.sqrt(max(p.shape)) * (U * S) @ Vh
+        muon.step()
+    exact = train.choose_dtype("auto", torch.device("cpu")) == torch.float32
+    for p, e in zip(params, expected):
+        torch.testing.assert_close(p.detach().double(), e, rtol=0, atol=1e-5 if exact else 3e-2)
+
+
 def test_decay_and_muon_take_the_right_parameters():
     config = train.Config(n_embd=[16, 8], attention_type=["mamba", "fractal"], vocab_size=11, optimizer="muon",
-                          fractal_dim_range=[8, 8], bias=True)
+                          fractal_dim_range=[8, 8], bias=True, ngram_orders=[2])
     model = GPT(config)
     names = {id(p): n for n, p in model.named_parameters()}
     adamw, muon = train.make_optimizers(model, config, torch.device("cpu"))
     decayed, plain = ({names[id(p)] for p in g["params"]} for g in adamw.param_groups)
     hidden = {names[id(p)] for p in muon.param_groups[0]["params"]}
-    assert decayed == {"wte.weight", "lm_head.weight"} and adamw.param_groups[1]["weight_decay"] == 0
+    assert decayed == {"wte.weight", "lm_head.weight", "ngrams.table.weight"}
+    assert adamw.param_groups[1]["weight_decay"] == 0
     assert decayed | plain | hidden == set(names.values())
     assert all(re.search(r"A_log|\.D$|\.a$|conv|ln_|bias", n) for n in plain)
     assert all(re.search(r"in_proj|x_proj|dt_proj|out_proj|c_fc|c_proj|resize|W_in|W_out|\.M\.", n) for n in hidden)
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*.json"))
+
+
+def recipe_model(path):
+    config = train.load_config(["--config", str(path), "--device", "cpu"]).config
+    return config, GPT(GPTConfig(**{k: v for k, v in config.model_dump().items() if k in GPTConfig.model_fields}
+                                 | {"vocab_size": 257}))
+
+
+def test_recipes_keep_their_promises():
+    """Every recipe is valid; mixers are equal in parameters and tokens; the equal recipe is nanoGPT's size."""
+    sizes, tokens = {}, set()
+    for path in RECIPES:
+        config, model = recipe_model(path)
+        if path.stem.startswith("mixer_"):
+            sizes[path.stem] = model.num_params()
+            tokens.add(config.max_iters * config.batch_size * config.block_size)
+        if path.stem == "shakespeare_equal":
+            assert model.num_params() <= 810_000 and not config.ngram_orders
+    assert len(sizes) == 16 and len(tokens) == 1 and max(sizes.values()) <= 1.02 * min(sizes.values())
 
 
 def test_a_hybrid_learns_a_real_text(folder):

@@ -1,0 +1,254 @@
+"""What the recipes learn, against seconds and against tokens: `uv run tests/bench_learning.py [--quick] [NAME ...]`.
+
+Runs `train.py --config recipes/NAME.json` for each recipe and seed, and writes docs/learning.md (the table),
+docs/learning_*.png and docs/learning.json (every run's curve). Runs on record are not repeated, unless the recipe has
+changed since; --again repeats them. Names may be beginnings: `mixer_`. --quick: one seed, and not shakespeare_best,
+which takes half an hour. --jobs 2: two processes side by side, of one thread each; their seconds compare only with
+each other.
+
+  text      --data DIR (default: dataset) holds tinyshakespeare.txt, and for books_* the six books; the last 10 % of
+            each is the validation split
+  seconds   of the whole process: start, compilation, every evaluation and checkpoint
+  reset     val_loss_reset: blocks of block_size, each on its own, nats a byte over the whole validation split
+  carried   val_loss: the split in 16 streams with the state carried
+Control: an interpolated Kneser-Ney 7-gram, which sees as much of a block as the model does.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS, RUNS = ROOT / "docs", ROOT / "runs"
+SHAKESPEARE = ["tinyshakespeare.txt"]
+BOOKS = ["david_copperfield.txt", "don_quixote.txt", "great_expectations.txt", "middlemarch.txt", "moby_dick.txt",
+         "pride_and_prejudice.txt"]
+SEEDS = {"shakespeare_best": 1}  # 3 for all others
+TARGET = 1.898  # val_loss_reset of nanoGPT's CPU configuration at block 64
+ORDER = 7
+
+
+# ---------------------------------------------------------------- the control
+
+def kneser_ney(train: np.ndarray, val: np.ndarray, block: int, order: int = ORDER) -> float:
+    """Mean nats a byte of val in blocks of its own under an interpolated Kneser-Ney model of train, one discount an
+    order (Chen and Goodman 1999, section 3): P(w|h) = max(c(hw) - D, 0) / c(h) + D n(h) / c(h) P(w|h'), where h' is h
+    without its first byte, n(h) the number of bytes that follow h, D = n1 / (n1 + 2 n2), and below the highest order
+    c(hw) is the number of bytes that precede hw."""
+    grams = {k: pack(train, k) for k in range(1, order + 1)}
+    context = np.arange(len(val) - 1) % block + 1  # bytes before each target in its block
+    y = val[1:].astype(np.int64)
+    p = np.full(len(y), 1 / 256)
+    for k in range(1, order + 1):
+        if k == order:
+            seen, c = np.unique(grams[k], return_counts=True)
+        else:
+            seen, c = np.unique(np.unique(grams[k + 1]) & ((1 << 8 * k) - 1), return_counts=True)
+        n1, n2 = (c == 1).sum(), (c == 2).sum()
+        D = n1 / (n1 + 2 * n2) if n1 and n2 else 0.5
+        histories, first = np.unique(seen >> 8, return_index=True)  # sorted: those of one history stand together
+        total, kinds = np.add.reduceat(c, first), np.diff(np.append(first, len(seen)))
+        at = np.flatnonzero(context >= k - 1)  # targets with k - 1 bytes before them in their block
+        gram = pack(val, k)[at + 2 - k]
+        i, h = lookup(seen, gram), lookup(histories, gram >> 8)
+        count = np.where(i >= 0, c[i], 0)
+        known = h >= 0
+        mix = np.maximum(count - D, 0) / total[h] + D * kinds[h] / total[h] * p[at]
+        p[at] = np.where(known, mix, p[at])
+    return float(-np.log(p).mean())
+
+
+def pack(data, k):
+    """Every k bytes in a row as one number, the first byte highest, (n - k + 1,) int64"""
+    data, packed = data.astype(np.int64), np.zeros(len(data) - k + 1, dtype=np.int64)
+    for i in range(k):
+        packed = packed << 8 | data[i:len(data) - k + 1 + i]
+    return packed
+
+
+def lookup(table, keys):
+    """Index of each key in the sorted table, -1 where it is not"""
+    i = np.searchsorted(table, keys).clip(max=len(table) - 1)
+    return np.where(table[i] == keys, i, -1)
+
+
+# ---------------------------------------------------------------- the runs
+
+def recipes(names) -> list[Path]:
+    found = [p for p in sorted((ROOT / "recipes").glob("*.json")) if not names or p.stem.startswith(tuple(names))]
+    if not found:
+        sys.exit(f"error: no recipe begins with {' or '.join(names)}; there are "
+                 f"{', '.join(sorted(p.stem for p in (ROOT / 'recipes').glob('*.json')))}")
+    return found
+
+
+def stage(data: Path, name: str) -> Path:
+    """A folder with links to the files a recipe is trained on."""
+    files = BOOKS if name.startswith("books") else SHAKESPEARE
+    folder = RUNS / "data" / ("books" if files is BOOKS else "shakespeare")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if not (data / file).is_file():
+            sys.exit(f"error: {data / file} is not there; give --data a folder that has it")
+        link = folder / file
+        if not link.exists():
+            link.symlink_to((data / file).resolve())
+    return folder
+
+
+def record(recipe: Path, seed: int, data: Path, jobs: int) -> dict:
+    """One run, as a dict of its final figures and its curve."""
+    name = recipe.stem
+    folder = RUNS / name / str(seed)
+    command = ["train.py", "--config", f"recipes/{recipe.name}", "--seed", str(seed)]
+    print(f"{time.strftime('%H:%M:%S')} {' '.join(command)}", flush=True)
+    env = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    start = time.time()
+    done = subprocess.run([sys.executable, *command, "--dataset", str(stage(data, name)), "--checkpoint_dir",
+                           str(folder)], cwd=ROOT, capture_output=True, text=True, env=env)
+    seconds = time.time() - start
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [{k: m[k] for k in ("tokens", "seconds", "val_loss", "val_loss_reset")} for m in lines if "val_loss" in m]
+    last = next(m for m in reversed(lines) if "val_loss" in m)
+    return {"recipe": name, "seed": seed, "digest": digest(recipe), "seconds": round(seconds, 1), "curve": curve,
+            "params": last["params"], "block_size": json.loads(recipe.read_text())["config"]["block_size"],
+            "date": time.strftime("%Y-%m-%d"), "machine": machine(), "jobs": jobs}
+
+
+def digest(recipe: Path) -> str:
+    return hashlib.sha256(recipe.read_bytes()).hexdigest()[:16]
+
+
+def machine() -> str:
+    model = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                      if line.startswith("model name")), model)
+    return f"{model}, {os.cpu_count()} cores"
+
+
+# ---------------------------------------------------------------- what is written
+
+def spread(values, digits=3):
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def to_target(run):
+    """Seconds up to the first evaluation at or below TARGET, None if there is none"""
+    return next((p["seconds"] for p in run["curve"] if p["val_loss_reset"] <= TARGET), None)
+
+
+def table(runs: dict[str, list[dict]], control: dict[str, float]) -> str:
+    rows = [("recipe", "seeds", "parameters", "block", "tokens", "seconds", f"seconds to {TARGET}", "reset", "carried")]
+    for name, group in runs.items():
+        ends = [r["curve"][-1] for r in group]
+        reached = [s for r in group if r["block_size"] == 64 and (s := to_target(r)) is not None]
+        seconds = spread([r["seconds"] for r in group], 0) + (" *" if group[0]["jobs"] > 1 else "")
+        rows.append((f"`{name}`", str(len(group)), f"{group[0]['params']:,}", str(group[0]["block_size"]),
+                     f"{ends[0]['tokens']:,}", seconds,
+                     spread(reached, 0) if len(reached) == len(group) and not name.startswith("books") else "",
+                     spread([e["val_loss_reset"] for e in ends]), spread([e["val_loss"] for e in ends])))
+    for label, loss in control.items():
+        rows.append((f"Kneser-Ney {ORDER}-gram, {label}", "", "", "", "", "", "", f"{loss:.3f}", ""))
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def plot(runs: dict[str, list[dict]], control: float | None, path: Path, key: str):
+    """Loss against seconds and tokens; a line a recipe, the range of its seeds as a band."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    for name, group in runs.items():
+        n = min(len(r["curve"]) for r in group)
+        losses = np.array([[p[key] for p in r["curve"][:n]] for r in group])
+        for ax, along in zip(axes, ("seconds", "tokens")):
+            x = np.mean([[p[along] for p in r["curve"][:n]] for r in group], axis=0)
+            line, = ax.plot(x, losses.mean(0), marker="o", ms=3, label=name.partition("_")[2])
+            ax.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2, lw=0)
+    for ax, along in zip(axes, ("seconds, whole process", "tokens")):
+        if control is not None:
+            ax.axhline(control, color="black", ls=":", lw=1, label=f"Kneser-Ney {ORDER}-gram")
+        ax.set(xlabel=along, xscale="log")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel(f"{key}, nats a byte")
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write(results: list[dict], data: Path):
+    by_name = collections.defaultdict(list)
+    for r in sorted(results, key=lambda r: (r["recipe"], r["seed"])):
+        by_name[r["recipe"]].append(r)
+    control = {}
+    for label, files in (("tinyshakespeare", SHAKESPEARE), ("books", BOOKS)):
+        if any(name.startswith("books") == (files is BOOKS) for name in by_name):
+            text = np.frombuffer(b"".join((data / f).read_bytes() for f in files), dtype=np.uint8)
+            cut = len(text) - len(text) // 10
+            for block in (64, 512):
+                control[f"{label}, blocks of {block}"] = kneser_ney(text[:cut], text[cut:], block)
+    for group in sorted({name.partition("_")[0] for name in by_name}):
+        members = {n: r for n, r in by_name.items() if n.startswith(f"{group}_")}
+        label = "books, blocks of 512" if group == "books" else "tinyshakespeare, blocks of 64"
+        key = "val_loss" if group == "books" else "val_loss_reset"
+        plot(members, control[label], DOCS / f"learning_{group}.png", key)
+    machines = sorted({r["machine"] for r in results})
+    dates = sorted({r["date"] for r in results})
+    (DOCS / "learning.md").write_text(
+        "# What the recipes learn\n\n"
+        f"`uv run tests/bench_learning.py`, {' and '.join(machines)}, {dates[0]}"
+        f"{' to ' + dates[-1] if dates[-1] != dates[0] else ''}. Nats a byte over the whole validation split, seconds "
+        "of the whole process (*: one thread, beside another run); mean of the seeds, and their range in brackets.\n\n"
+        f"{table(by_name, control)}\n\n"
+        + "".join(f"![{p.stem}]({p.name})\n" for p in sorted(DOCS.glob("learning_*.png"))), encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes, or beginnings of their names (default: all)")
+    parser.add_argument("--quick", action="store_true", help="one seed, without the recipes of half an hour")
+    parser.add_argument("--again", action="store_true", help="repeat runs that are on record")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each if several")
+    parser.add_argument("--data", type=Path, default=ROOT / "dataset", help="folder of the texts (default: dataset)")
+    args = parser.parse_args()
+    DOCS.mkdir(exist_ok=True)
+    store = DOCS / "learning.json"
+    results = json.loads(store.read_text()) if store.exists() else []
+    wanted = recipes(args.names)
+    current = {p.stem: digest(p) for p in recipes([])}
+    results = [r for r in results if current.get(r["recipe"]) == r["digest"]]
+    runs = [(recipe, seed) for seed in range(1, 4) for recipe in wanted
+            if seed <= (1 if args.quick else SEEDS.get(recipe.stem, 3))
+            and not (args.quick and recipe.stem == "shakespeare_best")]
+    if args.again:
+        results = [r for r in results if (r["recipe"], r["seed"]) not in {(p.stem, seed) for p, seed in runs}]
+    on_record = {(r["recipe"], r["seed"]) for r in results}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        todo = [pool.submit(record, recipe, seed, args.data, args.jobs) for recipe, seed in runs
+                if (recipe.stem, seed) not in on_record]
+        for run in as_completed(todo):
+            results.append(run.result())
+            store.write_text("[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n")
+    write(results, args.data)
+    print((DOCS / "learning.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
