@@ -564,7 +564,8 @@ class ReLU2(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         y, = ctx.saved_tensors
-        return y.sqrt().mul_(dy).mul_(2)
+        root = y.clamp_min(torch.finfo(y.dtype).tiny).rsqrt_().mul_(y)  # MKL's sqrt is 10 times slower on some CPUs
+        return root.mul_(dy).mul_(2)
 
 
 class FeedForward(nn.Module):

@@ -480,6 +480,14 @@ def schedule_at(step: int, config: Config, max_iters: int) -> float:
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def to_device(batch, device: torch.device, fresh: bool):
+    """(x, y, reset) on the device. On a CPU reset becomes None, which spares each layer its masks, where it marks
+    nothing but the first position of rows whose state is fresh; compiled GPU code wants the same kind in every call."""
+    x, y, reset = batch
+    matters = device.type != "cpu" or reset[:, 1 if fresh else 0:].any()
+    return [None if t is None else t.to(device, non_blocking=True) for t in (x, y, reset if matters else None)]
+
+
 @torch.no_grad()
 def evaluate(model: GPT, batches, device, autocast, token_bytes, carried: bool, rank: int, world_size: int):
     """Mean nats a token and bits a byte over batches of (x, y, reset), the state carried from one to the next or not.
@@ -488,7 +496,7 @@ def evaluate(model: GPT, batches, device, autocast, token_bytes, carried: bool, 
     sums = [0.0, 0, 0]  # nats, tokens, bytes
     state = None
     for batch in batches:
-        x, y, reset = (t[rank::world_size].to(device) for t in batch)
+        x, y, reset = to_device([t[rank::world_size] for t in batch], device, fresh=state is None)
         if len(x) == 0:
             continue
         with autocast:
@@ -722,7 +730,7 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = share * lr
             optimizer.zero_grad(set_to_none=True)
-        batches = [[t.to(self.device, non_blocking=True) for t in self.loader.next_batch()]
+        batches = [to_device(self.loader.next_batch(), self.device, fresh=self.state is None)
                    for _ in range(self.config.gradient_accumulation_steps)]
         counts = torch.stack([(y >= 0).sum() for _, y, _ in batches])
         total = counts.sum()

@@ -107,7 +107,7 @@ def stage(data: Path, name: str) -> Path:
     return folder
 
 
-def record(recipe: Path, seed: int, data: Path, jobs: int) -> dict:
+def record(recipe: Path, seed: int, folder_of_text: Path, jobs: int) -> dict:
     """One run, as a dict of its final figures and its curve."""
     name = recipe.stem
     folder = RUNS / name / str(seed)
@@ -115,15 +115,17 @@ def record(recipe: Path, seed: int, data: Path, jobs: int) -> dict:
     print(f"{time.strftime('%H:%M:%S')} {' '.join(command)}", flush=True)
     env = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
     start = time.time()
-    done = subprocess.run([sys.executable, *command, "--dataset", str(stage(data, name)), "--checkpoint_dir",
+    done = subprocess.run([sys.executable, *command, "--dataset", str(folder_of_text), "--checkpoint_dir",
                            str(folder)], cwd=ROOT, capture_output=True, text=True, env=env)
     seconds = time.time() - start
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [{k: m[k] for k in ("tokens", "seconds", "val_loss", "val_loss_reset")} for m in lines if "val_loss" in m]
+    train = [(m["tokens"], round(m["seconds"], 1), round(m["train_loss"], 3)) for m in lines if "train_loss" in m]
     last = next(m for m in reversed(lines) if "val_loss" in m)
     return {"recipe": name, "seed": seed, "digest": digest(recipe), "seconds": round(seconds, 1), "curve": curve,
+            "train": train[::max(1, len(train) // 40)],
             "params": last["params"], "block_size": json.loads(recipe.read_text())["config"]["block_size"],
             "date": time.strftime("%Y-%m-%d"), "machine": machine(), "jobs": jobs}
 
@@ -169,27 +171,30 @@ def table(runs: dict[str, list[dict]], control: dict[str, float]) -> str:
 
 
 def plot(runs: dict[str, list[dict]], control: float | None, path: Path, key: str):
-    """Loss against seconds and tokens; a line a recipe, the range of its seeds as a band."""
+    """Training loss against seconds and tokens, a line a recipe with the range of its seeds as a band; validation
+    losses as points."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
     for name, group in runs.items():
-        n = min(len(r["curve"]) for r in group)
-        losses = np.array([[p[key] for p in r["curve"][:n]] for r in group])
-        for ax, along in zip(axes, ("seconds", "tokens")):
-            x = np.mean([[p[along] for p in r["curve"][:n]] for r in group], axis=0)
-            line, = ax.plot(x, losses.mean(0), marker="o", ms=3, label=name.partition("_")[2])
+        n = min(len(r["train"]) for r in group)
+        train = np.array([r["train"][:n] for r in group])  # (seeds, n, 3): tokens, seconds, loss
+        for ax, column, along in zip(axes, (1, 0), ("seconds", "tokens")):
+            x, losses = train[:, :, column].mean(0), train[:, :, 2]
+            line, = ax.plot(x, losses.mean(0), lw=1, label=name.partition("_")[2])
             ax.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2, lw=0)
-    for ax, along in zip(axes, ("seconds, whole process", "tokens")):
+            points = [(p[along], p[key]) for r in group for p in r["curve"]]
+            ax.plot(*zip(*points), "o", ms=5, color=line.get_color())
+    for ax, label in zip(axes, ("seconds, whole process", "tokens")):
         if control is not None:
             ax.axhline(control, color="black", ls=":", lw=1, label=f"Kneser-Ney {ORDER}-gram")
-        ax.set(xlabel=along, xscale="log")
+        ax.set(xlabel=label, xscale="log", ylim=(None, 2.8))
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel(f"{key}, nats a byte")
+    axes[0].set_ylabel(f"nats a byte; points: {key}")
     axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -241,7 +246,7 @@ def main():
         results = [r for r in results if (r["recipe"], r["seed"]) not in {(p.stem, seed) for p, seed in runs}]
     on_record = {(r["recipe"], r["seed"]) for r in results}
     with ThreadPoolExecutor(args.jobs) as pool:
-        todo = [pool.submit(record, recipe, seed, args.data, args.jobs) for recipe, seed in runs
+        todo = [pool.submit(record, recipe, seed, stage(args.data, recipe.stem), args.jobs) for recipe, seed in runs
                 if (recipe.stem, seed) not in on_record]
         for run in as_completed(todo):
             results.append(run.result())

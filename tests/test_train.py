@@ -306,6 +306,24 @@ def test_accumulation_is_one_larger_batch(folder):
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_resets_go_only_where_they_mark_nothing():
+    """A batch without its reset gives the loss it has with it, and keeps it wherever a boundary lies."""
+    model = GPT(GPTConfig(n_embd=16, attention_type=["mamba", "fractal", "standard"], vocab_size=257, n_head=1,
+                          fractal_dim_range=[8, 8], ngram_orders=[3], fractal_drop=0, fractal_level_drop=0))
+    x, y = torch.randint(257, (2, 3, 12), generator=torch.Generator().manual_seed(0))
+    nowhere = torch.zeros(3, 12, dtype=torch.bool)
+    first, inside = nowhere.clone(), nowhere.clone()
+    first[:, 0], inside[1, 5] = True, True
+    for reset, fresh, stays in ((nowhere, False, False), (first, False, True), (first, True, False),
+                                (inside, False, True), (inside, True, True)):
+        batch = train.to_device((x, y, reset), torch.device("cpu"), fresh)
+        assert (batch[2] is not None) == stays and (batch[2] is None or batch[2].equal(reset))
+        with torch.no_grad():
+            state = None if fresh else model(x, y)[2]
+            losses = [model(x, y, state=state, reset=r)[1] for r in (reset, batch[2])]
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
 def test_learning_rate_schedule():
     config = train.Config(max_iters=1000, learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=500)
     rates = [train.schedule_at(step, config, 1000) * config.learning_rate for step in range(1000)]
