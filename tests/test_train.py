@@ -21,7 +21,9 @@ from model import GPT, GPTConfig
 ROOT = Path(train.__file__).parent
 TINY = ["--n_embd", "16,8,16", "--attention_type", "mamba,fractal,standard", "--n_head", "1", "--d_state", "4",
         "--fractal_count", "2", "--fractal_dim_range", "8,16", "--fractal_depth_range", "1,2", "--block_size", "16",
-        "--batch_size", "2", "--eval_iters", "2", "--dtype", "float32", "--device", "cpu", "--compile", "false"]
+        "--batch_size", "2", "--eval_iters", "2", "--dtype", "float32", "--device", "cpu", "--compile", "false",
+        "--optimizer", "adamw", "--learning_rate", "4e-3", "--weight_decay", "0.1", "--qk_norm", "false",
+        "--zero_init", "false"]
 
 
 @pytest.fixture
