@@ -1556,7 +1556,7 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     (b, n, l) or (b, groups, n, l); D, delta_bias: (d,). Returns (b, d, l), and the last state (b, d, n), which is
     differentiable here."""
     if A.is_complex():
-        raise NotImplementedError("selective_scan_fn: complex A is not supported, only real")
+        raise NotImplementedError("selective_scan_fn: complex A is not supported, only real; mamba_ssm has both")
     (b, d, l), n = u.shape, A.shape[1]
 
     def per_channel(x):  # a constant B or C differs by channel, and has no fast form: one group a channel

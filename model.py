@@ -564,8 +564,10 @@ class ReLU2(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         y, = ctx.saved_tensors
-        root = y.clamp_min(torch.finfo(y.dtype).tiny).rsqrt_().mul_(y)  # MKL's sqrt is 10 times slower on some CPUs
-        return root.mul_(dy).mul_(2)
+        if y.dtype != torch.float32:
+            return y.sqrt().mul_(dy).mul_(2)
+        # MKL's sqrt takes ten times as long on some CPUs; y below the smallest normal number is as good as 0
+        return y.clamp_min(torch.finfo(y.dtype).tiny).rsqrt_().mul_(y).mul_(dy).mul_(2)
 
 
 class FeedForward(nn.Module):

@@ -419,8 +419,9 @@ def plot_losses(metrics: list[dict], path: Path):
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon with the matrices of one shape orthogonalised together, and in float32 on a CPU that multiplies no
-    bfloat16: there torch's own takes longer than the rest of a small model's step."""
+    """torch's Muon with the matrices of one shape orthogonalised together, in float32 on a CPU that multiplies no
+    bfloat16, where torch's own takes longer than the rest of a small model's step; its update always scaled to the root
+    mean square of AdamW's (arXiv 2502.16982, torch's adjust_lr_fn="match_rms_adamw")."""
 
     @torch.no_grad()
     def step(self):
@@ -438,7 +439,6 @@ class Muon(torch.optim.Muon):
                 update = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov's, (n, A, B)
                 update = orthogonalise(update, choose_dtype("auto", device), group).to(params[0].dtype)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                # 0.2 sqrt(max(A, B)) gives the update the root mean square of AdamW's (arXiv 2502.16982)
                 torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
@@ -455,8 +455,7 @@ def orthogonalise(G, dtype, group):
 
 def make_optimizers(model: GPT, config: Config, device: torch.device) -> list[torch.optim.Optimizer]:
     """AdamW with decay on the weights of Linear and Embedding, without on all else (A_log, D, a, convolutions, norms,
-    biases); with "muon" the Linear weights inside the layers go to Muon, its update scaled to AdamW's size so that
-    both share one learning rate."""
+    biases); with "muon" the Linear weights inside the layers go to Muon."""
     matrices = {id(m.weight): m.weight for m in model.modules()
                 if isinstance(m, (nn.Linear, nn.Embedding, nn.EmbeddingBag))}
     hidden = {id(m.weight) for part in (model.h, model.skip) for m in part.modules() if isinstance(m, nn.Linear)}
@@ -470,8 +469,7 @@ def make_optimizers(model: GPT, config: Config, device: torch.device) -> list[to
     optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cpu", "cuda"))]
     if hidden:
         params = [p for i, p in matrices.items() if i in hidden]
-        optimizers.append(Muon(params, lr=config.muon_learning_rate or config.learning_rate,
-                               weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(params, config.muon_learning_rate or config.learning_rate, config.weight_decay))
     return optimizers
 
 
@@ -730,10 +728,9 @@ class Run:
         """One optimizer step over gradient_accumulation_steps batches; returns loss, learning rate, gradient norm. The
         loss is the mean over all targets of all processes. A step whose loss or gradients are not finite is skipped."""
         share = schedule_at(self.step, self.config, self.max_iters)
-        highest = self.config.learning_rate, self.config.muon_learning_rate or self.config.learning_rate
-        for optimizer, lr in zip(self.optimizers, highest):
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = share * lr
+                group["lr"] = share * optimizer.defaults["lr"]
             optimizer.zero_grad(set_to_none=True)
         batches = [to_device(self.loader.next_batch(), self.device, fresh=self.state is None)
                    for _ in range(self.config.gradient_accumulation_steps)]

@@ -14,7 +14,6 @@ with an embedding and a head. transformers: its GPT-2 and Mamba, the latter by i
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import statistics
@@ -260,7 +259,7 @@ def main():
     print(f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
           f"torch {torch.__version__}, threads {args.threads}")
     rows = training(3 if args.quick else 9) + decoding(500 if args.quick else 2000)
-    if not args.quick and math.isfinite(resident("VmHWM")):
+    if not args.quick and Path("/proc/self/status").exists():
         rows += memory()
     if args.json:
         Path(args.json).write_text(json.dumps({"cpu": cpu, "threads": args.threads, "rows": rows}, indent=1))

@@ -340,7 +340,7 @@ def test_muon_moves_the_singular_values_alone(transposed):
     torch.manual_seed(0)
     weights = [torch.randn(5, 9) for _ in range(3)] + [torch.randn(4, 4)]
     params = [torch.nn.Parameter(w.t().clone() if transposed else w) for w in weights]
-    muon = train.Muon(params, lr=0.5, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = train.Muon(params, lr=0.5, weight_decay=0.1)
     expected, momenta = [p.detach().double() for p in params], [0] * 4
     for _ in range(3):
         for i, p in enumerate(params):
