@@ -255,6 +255,16 @@ def test_scan_gradcheck():
     assert torch.autograd.gradgradcheck(f, x)
 
 
+@pytest.mark.skipif("triton" not in kernels.IMPLEMENTATIONS, reason="refuses for Triton, which is not installed")
+@pytest.mark.parametrize("op, inputs", [(selective_scan, scan_inputs(1, 3, 2, 1)),
+                                        (causal_conv1d, conv_inputs(1, 3, 2, 2, 1))])
+def test_triton_refuses_second_derivatives(monkeypatch, op, inputs):
+    first = torch.autograd.grad(op(**inputs).square().sum(), list(inputs.values()), create_graph=True)
+    monkeypatch.setenv("KERNELS", "triton")
+    with pytest.raises(RuntimeError, match="KERNELS=torch"):
+        torch.autograd.grad(sum(g.sum() for g in first), list(inputs.values()), allow_unused=True)
+
+
 @pytest.mark.parametrize("W, dilation", [(1, 1), (3, 1), (2, 2)])
 def test_conv_gradcheck(W, dilation):
     x = tuple(conv_inputs(2, 4, 2, W, dilation).values())
@@ -346,6 +356,18 @@ def test_fakes_have_the_real_strides():
             real, fake = op(*args), op(*meta)
         for a, b in zip(real, fake):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def test_fakes_on_a_gpu_that_need_not_be_there():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for op, args in op_arguments():
+        real = op(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+        with FakeTensorMode():
+            fake = op(*(torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
+                        if isinstance(a, torch.Tensor) else a for a in args))
+        for a, b in zip(real, fake, strict=True):
+            assert (a.shape, a.dtype, a.stride(), "cuda") == (b.shape, b.dtype, b.stride(), b.device.type)
 
 
 def test_compiled_fullgraph_has_equal_gradients():
