@@ -18,6 +18,7 @@ import functools
 import math
 import os
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -318,16 +319,16 @@ def _keep(x):
 
 
 def _chunk_fwd(u, delta, z, B, C, A2, D, bias, h, y, h_out, reset=None, *, softplus, gated):
-    """One chunk of the scan, from the state h (b, d, n) to h_out; A2 is A log2(e)."""
-    raw = delta + bias
+    """One chunk of the scan, from the state h (b, d, n) to h_out; A2 is A log2(e). Parameters come once a row."""
+    raw = delta + bias[:, None]
     dt = _keep(_fast_softplus(raw) if softplus else raw)
     v = _keep(dt * u)
     ys = []
-    for t, a_t in enumerate(_fast_exp2(dt[..., None] * A2).unbind(1)):  # (4)
+    for t, a_t in enumerate(_fast_exp2(dt[..., None] * A2[:, None]).unbind(1)):  # (4)
         h = h if reset is None else h.masked_fill(reset[:, t, None, None], 0)
         h = a_t * h + v[:, t, :, None] * B[:, t, None]  # (2a)
         ys.append((h * C[:, t, None]).sum(-1))  # (2b)
-    out = torch.stack(ys, 1) + D * u
+    out = torch.stack(ys, 1) + D[:, None] * u
     y.copy_(out * z * _fast_sigmoid(z) if gated else out)
     h_out.copy_(h)
 
@@ -335,13 +336,13 @@ def _chunk_fwd(u, delta, z, B, C, A2, D, bias, h, y, h_out, reset=None, *, softp
 def _chunk_bwd(dy, u, delta, z, B, C, A, A2, D, bias, h, g, dA, dD, dbias, du, ddelta, dz, dB, dC, g_out, dA_out,
                dD_out, dbias_out, reset=None, *, softplus, gated):
     """The gradients of one chunk, by the formulas of _scan_bwd_eager. h is the state before it, g (b, d, n) the
-    gradient of the state after it; dA (b, d, n), dD and dbias (d,) are sums so far."""
-    raw = delta + bias
+    gradient of the state after it; dA (b, d, n), dD and dbias (b, d) are sums so far."""
+    raw = delta + bias[:, None]
     dt = _keep(_fast_softplus(raw) if softplus else raw)
     v = _keep(dt * u)
     s = _fast_sigmoid(z)
     w = _keep(dy * z * s) if gated else dy  # the gradient of y before the gate
-    a = _fast_exp2(dt[..., None] * A2).unbind(1)
+    a = _fast_exp2(dt[..., None] * A2[:, None]).unbind(1)
     before, after = [], []  # the states on both sides of each position
     for t, a_t in enumerate(a):
         before.append(h if reset is None else h.masked_fill(reset[:, t, None, None], 0))
@@ -362,18 +363,18 @@ def _chunk_bwd(dy, u, delta, z, B, C, A, A2, D, bias, h, g, dA, dD, dbias, du, d
     gB = torch.stack(gB, 1)
     dx = gB * u + torch.stack(xA, 1)
     dx = _keep(dx * torch.where(raw > 20, 1.0, _fast_sigmoid(raw)) if softplus else dx)
-    du.copy_(gB * dt + D * w)
+    du.copy_(gB * dt + D[:, None] * w)
     ddelta.copy_(dx)
     if gated:
-        dz.copy_(dy * (torch.stack(ys, 1) + D * u) * s * (1 + z * (1 - s)))
+        dz.copy_(dy * (torch.stack(ys, 1) + D[:, None] * u) * s * (1 + z * (1 - s)))
     g_out.copy_(g)
     dA_out.copy_(dA)
-    dD_out.copy_(dD + (w * u).sum((0, 1)))
-    dbias_out.copy_(dbias + dx.sum((0, 1)))
+    dD_out.copy_(dD + (w * u).sum(1))
+    dbias_out.copy_(dbias + dx.sum(1))
 
 
-CHUNK_FWD = _chunk_fwd, "bTd bTd bTd bTn bTn dn d d bdn bTd bdn"
-CHUNK_BWD = _chunk_bwd, "bTd bTd bTd bTd bTn bTn dn dn d d bdn bdn bdn d d bTd bTd bTd bTn bTn bdn bdn d d"
+CHUNK_FWD = _chunk_fwd, "bTd bTd bTd bTn bTn rdn rd rd bdn bTd bdn"
+CHUNK_BWD = _chunk_bwd, "bTd bTd bTd bTd bTn bTn rdn rdn rd rd bdn bdn bdn sd sd bTd bTd bTd btn btn bdn bdn sd sd"
 
 
 def _taps_fwd(rows, weight, bias, *, silu):
@@ -403,20 +404,24 @@ TAPS_BWD = _taps_bwd, "bld bLd nd d"
 
 @functools.cache
 def _compiled(function, letters, n, **options):
-    """`function` as native code for float32 tensors of these shapes: T = CHUNK, n (of a convolution: W) as given,
-    L = l + n - 1, b, l and d any. None where that fails, for want of a C++ compiler. Takes half a minute the first time
-    on a machine, and seconds from Inductor's cache."""
+    """`function` as native code for float32 tensors of these shapes: T and t = CHUNK, n (of a convolution: W) as given,
+    L = l + n - 1, b, l and d any. r and s are b; T, t, r and s each have a distance between rows of their own, which
+    may be any. None where that fails, for want of a C++ compiler. Takes half a minute the first time on a machine, and
+    seconds from Inductor's cache."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    sizes = dict(b=10, l=70, d=40, n=n, L=70 + n - 1)  # none twice: Inductor would take the two for one
+    sizes = dict(b=n + 9, r=n + 9, s=n + 9, d=n + 40, l=n + 70, n=n, L=2 * n + 69, T=CHUNK, t=CHUNK)
+    gaps = dict(T=1009, t=5003, r=2003, s=3001)  # so that no two lengths or strides are equal, which would stay so
 
-    def example(shape):  # chunks are parts of something longer
-        if "T" in shape:
-            return torch.empty(10, 64, sizes[shape[2]])[:, CHUNK : 2 * CHUNK]
-        return torch.empty([sizes[letter] for letter in shape])
+    def example(shape):
+        size = [sizes[letter] for letter in shape]
+        if shape[1:2] in ("T", "t"):  # a part of something longer
+            return torch.empty(size[0], 64, size[2] + gaps[shape[1]])[:, :CHUNK, : size[2]]
+        width = math.prod(size[1:])
+        return torch.empty(size[0], width + gaps.get(shape[0], 0))[:, :width].reshape(size)
 
     def traced(*tensors):
         for x, shape in zip(tensors, letters.split()):
@@ -459,46 +464,67 @@ def _run_chunk(native, function, tensors, reset, **options):
         function(*tensors, reset, **options)
 
 
-def _plain(d, u, A, z, delta_bias, D, *rest):
-    """What the chunk functions take, in float32 and contiguous, with a neutral tensor for what is absent."""
-    neutral = u.new_zeros(d, dtype=torch.float32)
-    given = (u, A, u if z is None else z, *(neutral if x is None else x for x in (delta_bias, D)), *rest)
-    return [x.to(torch.float32).contiguous() for x in given]
+# The chunk functions take r = b g rows of d/g channels each, which threads share: a batch of one is cut into g groups of
+# channels, one a thread but 32 channels at least, otherwise g = 1. Rows are views of whole tensors in float32.
+
+def _groups(b, d):
+    most = min(torch.get_num_threads(), d // 32) if b == 1 else 1
+    return next((g for g in range(most, 1, -1) if d % g == 0), 1)
+
+
+def _rows_d(x, g):
+    """(b, l, d) -> (r, l, d/g)"""
+    return x.float().contiguous().unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _rows_n(x, g):
+    """(b, l, n) -> (r, l, n)"""
+    return x.float().contiguous()[:, None].expand(-1, g, -1, -1).flatten(0, 1)
+
+
+def _rows_of(x, u, g):
+    """A parameter (d, ..) -> (r, d/g, ..), one for all b; zeros for an absent one"""
+    x = u.new_zeros(u.shape[2], dtype=torch.float32) if x is None else x.float()
+    return x.contiguous().unflatten(0, (g, -1)).expand(len(u), g, -1, *x.shape[1:]).flatten(0, 1)
 
 
 def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
-    (b, l, d), n = u.shape, A.shape[1]
-    u_, A, z_, bias, D, delta, B, C = _plain(d, u, A, z, delta_bias, D, delta, B, C)
-    y, last, A2 = torch.empty_like(u_), A.new_empty(b, d, n), A / math.log(2)
-    chunks = _chunks(l, u_, delta, z_, B, C, y, reset)
-    checkpoints = A.new_empty(len(chunks) if save else 0, b * d * n)
+    (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
+    y, last = (torch.empty(size, dtype=torch.float32, device=u.device) for size in ((b, l, d), (b, d, n)))
+    u_, delta, z, y_ = (_rows_d(u if x is None else x, g) for x in (u, delta, z, y))
+    A2, D, bias = (_rows_of(x, u, g) for x in (A.float() / math.log(2), D, delta_bias))
+    chunks = _chunks(l, u_, delta, z, _rows_n(B, g), _rows_n(C, g), y_, reset)
+    checkpoints = last.new_empty(len(chunks) if save else 0, b * d * n)
     in_turn = last, torch.empty_like(last)
-    states = [*checkpoints.view(-1, b, d, n), last] if save else \
-        [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)]
-    states[0].copy_(last.zero_() if initial_state is None else initial_state)
+    states = [*checkpoints, last] if save else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)]
+    states = [h.view(b * g, -1, n) for h in states]
+    states[0].copy_((last.zero_() if initial_state is None else initial_state).view_as(states[0]))
     for (*x, y_t, reset_t), h, h_out in zip(chunks, states[:-1], states[1:]):
-        _run_chunk(native, _chunk_fwd, (*x, A2, D, bias, h, y_t, h_out), reset_t,
-                   softplus=delta_softplus, gated=z is not None)
+        _run_chunk(native, _chunk_fwd, (*x, A2, D, bias, h, y_t, h_out), reset_t, softplus=delta_softplus, gated=gated)
     return y.to(u.dtype), last, checkpoints
 
 
 def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
                      checkpoints):
-    (b, l, d), n = u.shape, A.shape[1]
+    (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
+    r, A2, new = b * g, A.float() / math.log(2), partial(torch.empty, dtype=torch.float32, device=u.device)
+    du, ddelta, dz = (new(b, l, d) for _ in range(3))
+    dBC = new(r, l, 2 * n)
+    A, A2, D, bias = (_rows_of(x, u, g) for x in (A, A2, D, delta_bias))
     dy = torch.zeros_like(u) if dy is None else dy
-    u, A, z_, bias, D, delta, B, C, dy = _plain(d, u, A, z, delta_bias, D, delta, B, C, dy)
-    du, ddelta, dz, dB, dC = (torch.empty_like(x) for x in (u, u, u, B, C))
-    sums = A.new_zeros(b, d, n), A.new_zeros(b, d, n), A.new_zeros(d), A.new_zeros(d)  # g, dA, dD, dbias
+    rows = [_rows_d(u if x is None else x, g) for x in (dy, u, delta, z, du, ddelta, dz)]
+    chunks = _chunks(l, *rows[:4], _rows_n(B, g), _rows_n(C, g), *rows[4:], *dBC.chunk(2, -1), reset)
+    sums, new_sums = ([*new(2, r, d // g, n).zero_(), *new(r, 2 * d // g).zero_().chunk(2, 1)]
+                      for _ in range(2))  # g, dA, dD, dbias
     if dlast is not None:
-        sums[0].copy_(dlast)
-    new_sums, A2 = [torch.empty_like(x) for x in sums], A / math.log(2)
-    states, chunks = checkpoints.view(-1, b, d, n), _chunks(l, dy, u, delta, z_, B, C, du, ddelta, dz, dB, dC, reset)
-    for (*x, reset_t), h in reversed(list(zip(chunks, states))):
+        sums[0].copy_(dlast.reshape(A.shape))
+    for (*x, reset_t), h in reversed(list(zip(chunks, checkpoints.view(-1, r, d // g, n)))):
         _run_chunk(native, _chunk_bwd, (*x[:6], A, A2, D, bias, h, *sums, *x[6:], *new_sums), reset_t,
-                   softplus=delta_softplus, gated=z is not None)
+                   softplus=delta_softplus, gated=gated)
         sums, new_sums = new_sums, sums
-    g, dA, dD, dbias = sums
-    return du, ddelta, dA.sum(0), dB, dC, dD, dz, dbias, g
+    dlast, dA, dD, dbias = (x.reshape(b, d, *x.shape[2:]) for x in sums)
+    dB, dC = dBC.unflatten(0, (b, g)).sum(1).chunk(2, -1)
+    return du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0), dlast
 
 
 def _scan_fwd_torch(u, delta, A, *rest):

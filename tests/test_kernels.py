@@ -90,7 +90,8 @@ def assert_as_near_as_the_oracle(function, oracle, inputs, options, tolerance):
         results.append([*outputs, *grads(outputs, x)])
     for i, (a, b, c) in enumerate(zip(*results, strict=True)):
         assert a.shape == c.shape and a.dtype == b.dtype
-        assert error(a, c) <= max(tolerance, 3 * error(b, c)), (i, error(a, c), error(b, c))
+        factor = 3 if c.numel() >= 8 else 10  # a few numbers may be near by luck
+        assert error(a, c) <= max(tolerance, factor * error(b, c)), (i, error(a, c), error(b, c))
 
 
 def double(inputs):
