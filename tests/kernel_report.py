@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import statistics
@@ -365,20 +366,24 @@ def main():
     args = parser.parse_args()
     if args.interpreted:
         return print_check("triton, interpreted", "cpu", "triton")
-    print("Relative error against the oracle in float64, worst of outputs and gradients", flush=True)
-    print_check("torch, cpu", "cpu", "torch")
+    tasks = [(name, sm, dtype, reset) for name in KERNELS for sm in GPUS
+             for dtype in (BF16, F32) for reset in (False, True)]
     rows = []
+    with contextlib.ExitStack() as stack:
+        if kernels.triton is not None:  # forks before this process uses CUDA or threads, which do not survive a fork
+            pool = stack.enter_context(ProcessPoolExecutor(2, multiprocessing.get_context("fork")))
+            compiled = pool.map(_row, tasks)
+        print("Relative error against the oracle in float64, worst of outputs and gradients", flush=True)
+        print_check("torch, cpu", "cpu", "torch")
+        if kernels.triton is not None:
+            environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+            subprocess.run([sys.executable, __file__, "--interpreted"], env=environment, check=True)
+            if torch.cuda.is_available():
+                print_check("triton, cuda", "cuda", "triton")
+            rows = list(compiled)
     if kernels.triton is None:
         print("Triton is not installed here: nothing more to report")
     else:
-        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, __file__, "--interpreted"], env=environment, check=True)
-        if torch.cuda.is_available():
-            print_check("triton, cuda", "cuda", "triton")
-        tasks = [(name, sm, dtype, reset) for name in KERNELS for sm in GPUS
-                 for dtype in (BF16, F32) for reset in (False, True)]
-        with ProcessPoolExecutor(2) as pool:
-            rows = list(pool.map(_row, tasks))
         table(rows)
         print_buffers(rows)
         if torch.cuda.is_available():
