@@ -464,8 +464,8 @@ def _run_chunk(native, function, tensors, reset, **options):
         function(*tensors, reset, **options)
 
 
-# The chunk functions take r = b g rows of d/g channels each, which threads share: a batch of one is cut into g groups of
-# channels, one a thread but 32 channels at least, otherwise g = 1. Rows are views of whole tensors in float32.
+# The chunk functions take r = b g rows of d/g channels each, which threads share: a batch of one is cut into g groups
+# of channels, one a thread but 32 channels at least, otherwise g = 1. Rows are views of whole tensors in float32.
 
 def _groups(b, d):
     most = min(torch.get_num_threads(), d // 32) if b == 1 else 1
