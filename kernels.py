@@ -402,6 +402,18 @@ TAPS_FWD = _taps_fwd, "bLd nd d"
 TAPS_BWD = _taps_bwd, "bld bLd nd d"
 
 
+def _example(shape, n):
+    """A tensor to trace with. No two lengths or strides of any are equal without need, for Inductor would take the two
+    for one, whatever comes later."""
+    sizes = dict(b=n + 9, r=n + 9, s=n + 9, d=n + 40, l=n + 70, n=n, L=2 * n + 69, T=CHUNK, t=CHUNK)
+    gaps = dict(T=1009, t=5003, r=2003, s=3001)
+    size = [sizes[letter] for letter in shape]
+    if shape[1:2] in ("T", "t"):  # a part of something longer
+        return torch.empty(size[0], 64, size[2] + gaps[shape[1]])[:, :CHUNK, : size[2]]
+    width = math.prod(size[1:])
+    return torch.empty(size[0], width + gaps.get(shape[0], 0))[:, :width].reshape(size)
+
+
 @functools.cache
 def _compiled(function, letters, n, **options):
     """`function` as native code for float32 tensors of these shapes: T and t = CHUNK, n (of a convolution: W) as given,
@@ -413,16 +425,6 @@ def _compiled(function, letters, n, **options):
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    sizes = dict(b=n + 9, r=n + 9, s=n + 9, d=n + 40, l=n + 70, n=n, L=2 * n + 69, T=CHUNK, t=CHUNK)
-    gaps = dict(T=1009, t=5003, r=2003, s=3001)  # so that no two lengths or strides are equal, which would stay so
-
-    def example(shape):
-        size = [sizes[letter] for letter in shape]
-        if shape[1:2] in ("T", "t"):  # a part of something longer
-            return torch.empty(size[0], 64, size[2] + gaps[shape[1]])[:, :CHUNK, : size[2]]
-        width = math.prod(size[1:])
-        return torch.empty(size[0], width + gaps.get(shape[0], 0))[:, :width].reshape(size)
-
     def traced(*tensors):
         for x, shape in zip(tensors, letters.split()):
             if "n" in shape:
@@ -433,7 +435,7 @@ def _compiled(function, letters, n, **options):
              "max_fusion_size": 100000, "cpp.max_horizontal_fusion_size": 100000, "cpp.dynamic_threads": True}
     try:
         with config.patch(fused), torch.no_grad():
-            graph = make_fx(traced, select_decomp_table(), "symbolic")(*map(example, letters.split()))
+            graph = make_fx(traced, select_decomp_table(), "symbolic")(*(_example(x, n) for x in letters.split()))
             graph.shape_env = None  # Inductor finds it in the inputs, and could not hash it for its cache
             fake = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
             with torch._guards.tracing(torch._guards.TracingContext(fake[0].fake_mode)):
@@ -1582,7 +1584,7 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     (b, n, l) or (b, groups, n, l); D, delta_bias: (d,). Returns (b, d, l), and the last state (b, d, n), which is
     differentiable here."""
     if A.is_complex():
-        raise NotImplementedError("selective_scan_fn: complex A is not supported, only real; mamba_ssm has both")
+        raise TypeError(f"selective_scan_fn: A is {A.dtype}; it must be real, as in Mamba (mamba_ssm takes S4's, too)")
     (b, d, l), n = u.shape, A.shape[1]
 
     def per_channel(x):  # a constant B or C differs by channel, and has no fast form: one group a channel

@@ -37,6 +37,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from machine import cpu, resident
+
 import kernels
 
 SIZES = {  # (b, l, d, n), of the convolution (b, l, d, W); --quick takes the first two
@@ -166,11 +168,6 @@ def processes(count):
     return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
 
 
-def resident(field):
-    """VmRSS or VmHWM in MB."""
-    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024 / 1e6
-
-
 def peaks(op, name, size, passes):
     """Peak extra memory in MB of each pass."""
     warm(op, name, size[3])
@@ -285,14 +282,13 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: one a core")
     args = parser.parse_args()
     if not Path("/proc/self/clear_refs").exists():
-        sys.exit("bench_kernels: peak memory and the CPU's name are read from /proc: run it on Linux")
+        sys.exit("bench_kernels: peak memory is read from /proc: run it on Linux")
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the other processes
-    cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[-1].split("\n")[0]
     load, rate = os.getloadavg()[0], rates()
-    report = {"cpu": cpu, "vectors": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(), "load": load,
+    report = {"cpu": cpu(), "vectors": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(), "load": load,
               "threads": args.threads, "torch": torch.__version__, "rates": rate, "compile": {}}
-    print(f"{cpu}, {report['vectors']}, {os.cpu_count()} cores, load {load:.1f}; torch {torch.__version__}, "
+    print(f"{report['cpu']}, {report['vectors']}, {os.cpu_count()} cores, load {load:.1f}; torch {torch.__version__}, "
           f"threads {args.threads}; copy {rate['copy'] / 1e9:.1f} GB/s, torch.exp {rate['exp'] / 1e9:.2f} G/s")
     print("\nCompile time, s: a first call less the next", flush=True)
     with tempfile.TemporaryDirectory() as cache:

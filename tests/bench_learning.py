@@ -18,7 +18,6 @@ import collections
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+from machine import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, RUNS = ROOT / "docs", ROOT / "runs"
@@ -125,19 +125,11 @@ def record(recipe: Path, seed: int, folder_of_text: Path, jobs: int) -> dict:
     return {"recipe": name, "seed": seed, "digest": digest(recipe), "seconds": round(seconds, 1), "curve": curve,
             "train": train[::max(1, len(train) // 40)],
             "params": last["params"], "block_size": json.loads(recipe.read_text())["config"]["block_size"],
-            "date": time.strftime("%Y-%m-%d"), "machine": machine(), "jobs": jobs}
+            "date": time.strftime("%Y-%m-%d"), "machine": f"{cpu()}, {os.cpu_count()} cores", "jobs": jobs}
 
 
 def digest(recipe: Path) -> str:
     return hashlib.sha256(recipe.read_bytes()).hexdigest()[:16]
-
-
-def machine() -> str:
-    model = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                      if line.startswith("model name")), model)
-    return f"{model}, {os.cpu_count()} cores"
 
 
 # ---------------------------------------------------------------- what is written

@@ -29,6 +29,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+from machine import cpu, resident
+
 import kernels
 from model import GPT, GPTConfig
 
@@ -215,10 +217,6 @@ def decoding(tokens):
 
 # ---------------------------------------------------------------- memory
 
-def resident(field):
-    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024 / 1e6
-
-
 def peak(name):
     """Peak extra MB of two steps of 64 x 128 GPT-2 tokens, and MB of the process with torch loaded before them."""
     vocab, before = 50257, resident("VmRSS")
@@ -253,16 +251,13 @@ def main():
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     kernels.COMPILE = True
-    cpu = "unknown CPU"
-    if Path("/proc/cpuinfo").exists():
-        cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[-1].split("\n")[0]
-    print(f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+    print(f"{cpu()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
           f"torch {torch.__version__}, threads {args.threads}")
     rows = training(3 if args.quick else 9) + decoding(500 if args.quick else 2000)
     if not args.quick and Path("/proc/self/status").exists():
         rows += memory()
     if args.json:
-        Path(args.json).write_text(json.dumps({"cpu": cpu, "threads": args.threads, "rows": rows}, indent=1))
+        Path(args.json).write_text(json.dumps({"cpu": cpu(), "threads": args.threads, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -366,28 +366,25 @@ def main():
     args = parser.parse_args()
     if args.interpreted:
         return print_check("triton, interpreted", "cpu", "triton")
-    tasks = [(name, sm, dtype, reset) for name in KERNELS for sm in GPUS
-             for dtype in (BF16, F32) for reset in (False, True)]
-    rows = []
-    with contextlib.ExitStack() as stack:
-        if kernels.triton is not None:  # forks before this process uses CUDA or threads, which do not survive a fork
-            pool = stack.enter_context(ProcessPoolExecutor(2, multiprocessing.get_context("fork")))
-            compiled = pool.map(_row, tasks)
+    tasks = [] if kernels.triton is None else [(name, sm, dtype, reset) for name in KERNELS for sm in GPUS
+                                               for dtype in (BF16, F32) for reset in (False, True)]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork" if tasks else None)) as pool:
+        compiled = pool.map(_row, tasks)  # forks before this process uses CUDA or threads, which do not survive that
         print("Relative error against the oracle in float64, worst of outputs and gradients", flush=True)
         print_check("torch, cpu", "cpu", "torch")
-        if kernels.triton is not None:
+        if tasks:
             environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
             subprocess.run([sys.executable, __file__, "--interpreted"], env=environment, check=True)
             if torch.cuda.is_available():
                 print_check("triton, cuda", "cuda", "triton")
-            rows = list(compiled)
-    if kernels.triton is None:
-        print("Triton is not installed here: nothing more to report")
-    else:
+        rows = list(compiled)
+    if rows:
         table(rows)
         print_buffers(rows)
         if torch.cuda.is_available():
             print_gpu(rows)
+    else:
+        print("Triton is not installed here: nothing more to report")
     if args.json:
         with open(args.json, "w") as f:
             json.dump({"kernels": rows}, f, indent=1)

@@ -230,6 +230,17 @@ def test_each_tensor_is_read_once_twice_in_the_backward_and_written_once(interpr
         assert times == (2 if name.startswith("scan backward reads") else 1), (name, times)
 
 
+@pytest.mark.parametrize("op, inputs", [
+    (kernels.selective_scan, [torch.rand(1, 3, 2), torch.rand(1, 3, 2), -torch.rand(2, 1), *torch.rand(2, 1, 3, 1)]),
+    (kernels.causal_conv1d, [torch.rand(1, 3, 2), torch.rand(2, 2)])])
+def test_second_derivatives_are_refused(monkeypatch, op, inputs):
+    inputs = [x.double().requires_grad_() for x in inputs]
+    first = torch.autograd.grad(op(*inputs).square().sum(), inputs, create_graph=True)
+    monkeypatch.setenv("KERNELS", "triton")
+    with pytest.raises(RuntimeError, match="KERNELS=torch"):
+        torch.autograd.grad(sum(g.sum() for g in first), inputs)
+
+
 def test_report_compares_like_with_like():
     """What the report times against transformers' mixer computes the same."""
     *_, difference = kernel_report.against_transformers("cpu", 5, lambda call: call())
