@@ -137,6 +137,16 @@ def _sum_d(weight, x):
     return torch.bmm(weight.flatten(0, 1)[:, None], x.flatten(0, 1).transpose(1, 2)).view(x.shape[:3])
 
 
+def _saved_size(b, l, d, n, gated, save):
+    return b * d * (-(-l // CHUNK) * n + (l if gated else 0)) if save else 0
+
+
+def _saved_parts(saved, b, l, d, n):
+    """What the backward pass needs: the state before each chunk (chunks, b, d, n), and y before the gate (b, l, d)"""
+    states, ungated = saved.tensor_split([b * d * -(-l // CHUNK) * n])
+    return states.view(-1, b, d, n), ungated.view(b, -1, d)
+
+
 def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     f = _state_dtype(u)
     (b, l, d), n = u.shape, A.shape[1]
@@ -144,8 +154,8 @@ def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     last = torch.zeros(b, n, d, dtype=f, device=u.device)
     if initial_state is not None:
         last.copy_(initial_state.transpose(1, 2))
-    checkpoints = last.new_empty(math.ceil(l / CHUNK) if save else 0, b * d * n)
-    kept = checkpoints.view(-1, b, d, n).transpose(2, 3)
+    saved = last.new_empty(_saved_size(b, l, d, n, z is not None, save))
+    states, ungated = _saved_parts(saved, b, l, d, n)
     A2 = (A.t().to(f) / math.log(2)).contiguous()  # (n, d)
     D, delta_bias = (None if x is None else x.to(f) for x in (D, delta_bias))
     for rows, ch in _tiles(b, n, d):
@@ -154,7 +164,7 @@ def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
         for i in range(0, l, CHUNK):
             t = slice(i, i + CHUNK)
             if save:
-                kept[i // CHUNK, rows, :, ch] = h
+                states[i // CHUNK, rows, ch] = h.transpose(1, 2)
             u_t, delta_t, z_t = (_part(x, f, rows, t, ch) for x in (u, delta, z))  # (T, b, d)
             B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
             a, x = a_all[: len(u_t)], x_all[: len(u_t)]
@@ -162,14 +172,16 @@ def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
             _states(u_t, delta_t, A2[:, ch], B_t, bias, delta_softplus, reset_t, h, a, x)
             out = _sum_n(C_t, x)  # (2b)
             out = out if D is None else out.addcmul_(D[ch], u_t)
+            if save and z is not None:
+                ungated[rows, t, ch] = out.transpose(0, 1)
             out = out if z is None else out.mul_(F.silu(z_t))
             y[rows, t, ch] = out.transpose(0, 1)
             h = x[-1].clone()
         last[rows, :, ch] = h
-    return y, last.transpose(1, 2).contiguous(), checkpoints
+    return y, last.transpose(1, 2).contiguous(), saved
 
 
-def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, checkpoints):
+def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
     """With g_t the gradient of h_t:  g_t = C_t dy_t + a_(t+1) g_(t+1),  a_t = exp(dt_t A), everything else follows from
 
         dC_t = sum_d h_t dy_t    dB_t = sum_d g_t dt_t u_t    du_t = dt_t sum_n g_t B_t + D dy_t
@@ -177,7 +189,7 @@ def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
     """
     f = _state_dtype(u)
     (b, l, d), n = u.shape, A.shape[1]
-    new = checkpoints.new_zeros
+    new = saved.new_zeros
     du, ddelta = torch.empty_like(u, memory_format=torch.contiguous_format), delta.new_empty(b, l, d)
     dz = None if z is None else z.new_empty(b, l, d)
     dA, dB, dC = new(n, d), new(b, l, n), new(b, l, n)
@@ -185,7 +197,7 @@ def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
     g_last = new(b, n, d) if dlast is None else dlast.transpose(1, 2).to(f, copy=True).contiguous()
     A_t = A.t().to(f).contiguous()  # (n, d)
     A2 = A_t / math.log(2)
-    kept = checkpoints.view(-1, b, d, n).transpose(2, 3)
+    states, ungated = _saved_parts(saved, b, l, d, n)
     D, delta_bias = (None if x is None else x.to(f) for x in (D, delta_bias))
     for rows, ch in _tiles(b, n, d):
         g_next = g_last[rows, :, ch]  # the gradient that reaches the chunk's last state from the right
@@ -196,13 +208,12 @@ def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
             B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
             a, x, g = a_all[: len(u_t)], x_all[: len(u_t)], g_all[: len(u_t)]
             bias = None if delta_bias is None else delta_bias[ch]
-            h = kept[i // CHUNK, rows, :, ch].contiguous()
+            h = states[i // CHUNK, rows, ch].transpose(1, 2).contiguous()
             dt, raw = _states(u_t, delta_t, A2[:, ch], B_t, bias, delta_softplus, reset_t, h, a, x)
             dy_t = torch.zeros_like(u_t) if dy_t is None else dy_t
             if z is not None:
-                out = _sum_n(C_t, x)
-                out = out if D is None else out.addcmul_(D[ch], u_t)
-                dz[rows, t, ch] = torch.ops.aten.silu_backward(dy_t * out, z_t).transpose(0, 1).to(z.dtype)
+                ungated_t = _part(ungated, f, rows, t, ch)
+                dz[rows, t, ch] = torch.ops.aten.silu_backward(dy_t * ungated_t, z_t).transpose(0, 1).to(z.dtype)
                 dy_t = dy_t * F.silu(z_t)
             dC[rows, t] += _sum_d(dy_t, x).transpose(0, 1)
             torch.mul(dy_t[:, :, None], C_t[..., None], out=g)
@@ -318,8 +329,9 @@ def _keep(x):
     return x.as_strided(x.shape, x.stride())
 
 
-def _chunk_fwd(u, delta, z, B, C, A2, D, bias, h, y, h_out, reset=None, *, softplus, gated):
-    """One chunk of the scan, from the state h (b, d, n) to h_out; A2 is A log2(e). Parameters come once a row."""
+def _chunk_fwd(u, delta, z, B, C, A2, D, bias, h, y, out, h_out, reset=None, *, softplus, gated):
+    """One chunk of the scan, from the state h (b, d, n) to h_out; A2 is A log2(e). Parameters come once a row. With a
+    gate `out` is y before it."""
     raw = delta + bias[:, None]
     dt = _keep(_fast_softplus(raw) if softplus else raw)
     v = _keep(dt * u)
@@ -328,31 +340,35 @@ def _chunk_fwd(u, delta, z, B, C, A2, D, bias, h, y, h_out, reset=None, *, softp
         h = h if reset is None else h.masked_fill(reset[:, t, None, None], 0)
         h = a_t * h + v[:, t, :, None] * B[:, t, None]  # (2a)
         ys.append((h * C[:, t, None]).sum(-1))  # (2b)
-    out = torch.stack(ys, 1) + D[:, None] * u
-    y.copy_(out * z * _fast_sigmoid(z) if gated else out)
+    x = torch.stack(ys, 1) + D[:, None] * u
+    if gated:
+        out.copy_(x)
+    y.copy_(x * z * _fast_sigmoid(z) if gated else x)
     h_out.copy_(h)
 
 
-def _chunk_bwd(dy, u, delta, z, B, C, A, A2, D, bias, h, g, dA, dD, dbias, du, ddelta, dz, dB, dC, g_out, dA_out,
+def _chunk_bwd(dy, u, delta, z, out, B, C, A, A2, D, bias, h, g, dA, dD, dbias, du, ddelta, dz, dB, dC, g_out, dA_out,
                dD_out, dbias_out, reset=None, *, softplus, gated):
-    """The gradients of one chunk, by the formulas of _scan_bwd_eager. h is the state before it, g (b, d, n) the
-    gradient of the state after it; dA (b, d, n), dD and dbias (b, d) are sums so far."""
+    """The gradients of one chunk, by the formulas of _scan_bwd_eager. h is the state before it, out what _chunk_fwd
+    gave, g (b, d, n) the gradient of the state after it; dA (b, d, n), dD and dbias (b, d) are sums so far."""
     raw = delta + bias[:, None]
     dt = _keep(_fast_softplus(raw) if softplus else raw)
     v = _keep(dt * u)
-    s = _fast_sigmoid(z)
-    w = _keep(dy * z * s) if gated else dy  # the gradient of y before the gate
+    w = dy  # the gradient of y before the gate
+    if gated:
+        s = _fast_sigmoid(z)
+        w = _keep(dy * z * s)
+        dz.copy_(dy * out * s * (1 + z * (1 - s)))
     a = _fast_exp2(dt[..., None] * A2[:, None]).unbind(1)
     before, after = [], []  # the states on both sides of each position
     for t, a_t in enumerate(a):
         before.append(h if reset is None else h.masked_fill(reset[:, t, None, None], 0))
         h = a_t * before[t] + v[:, t, :, None] * B[:, t, None]
         after.append(h)
-    gs, ys, gB, xA = ([None] * len(a) for _ in range(4))
+    gs, gB, xA = ([None] * len(a) for _ in range(3))
     for t in reversed(range(len(a))):
         gs[t] = g + w[:, t, :, None] * C[:, t, None]
         gB[t] = (gs[t] * B[:, t, None]).sum(-1)
-        ys[t] = (after[t] * C[:, t, None]).sum(-1)
         g = a[t] * gs[t]
         x = g * before[t]
         g = g if reset is None else g.masked_fill(reset[:, t, None, None], 0)
@@ -365,16 +381,14 @@ def _chunk_bwd(dy, u, delta, z, B, C, A, A2, D, bias, h, g, dA, dD, dbias, du, d
     dx = _keep(dx * torch.where(raw > 20, 1.0, _fast_sigmoid(raw)) if softplus else dx)
     du.copy_(gB * dt + D[:, None] * w)
     ddelta.copy_(dx)
-    if gated:
-        dz.copy_(dy * (torch.stack(ys, 1) + D[:, None] * u) * s * (1 + z * (1 - s)))
     g_out.copy_(g)
     dA_out.copy_(dA)
     dD_out.copy_(dD + (w * u).sum(1))
     dbias_out.copy_(dbias + dx.sum(1))
 
 
-CHUNK_FWD = _chunk_fwd, "bTd bTd bTd bTn bTn rdn rd rd bdn bTd bdn"
-CHUNK_BWD = _chunk_bwd, "bTd bTd bTd bTd bTn bTn rdn rdn rd rd bdn bdn bdn sd sd bTd bTd bTd btn btn bdn bdn sd sd"
+CHUNK_FWD = _chunk_fwd, "bTd bTd bTd bTn bTn rdn rd rd bdn bTd btd bdn"
+CHUNK_BWD = _chunk_bwd, "bTd bTd bTd bTd bTd bTn bTn rdn rdn rd rd bdn bdn bdn sd sd bTd bTd bTd btn btn bdn bdn sd sd"
 
 
 def _taps_fwd(rows, weight, bias, *, silu):
@@ -493,35 +507,41 @@ def _rows_of(x, u, g):
 def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
     y, last = (torch.empty(size, dtype=torch.float32, device=u.device) for size in ((b, l, d), (b, d, n)))
+    saved = last.new_empty(_saved_size(b, l, d, n, gated, save))
+    states, ungated = _saved_parts(saved, b, l, d, n)
     u_, delta, z, y_ = (_rows_d(u if x is None else x, g) for x in (u, delta, z, y))
     A2, D, bias = (_rows_of(x, u, g) for x in (A.float() / math.log(2), D, delta_bias))
     chunks = _chunks(l, u_, delta, z, _rows_n(B, g), _rows_n(C, g), y_, reset)
-    checkpoints = last.new_empty(len(chunks) if save else 0, b * d * n)
     in_turn = last, torch.empty_like(last)
-    states = [*checkpoints, last] if save else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)]
+    states = [*states, last] if save else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)]
     states = [h.view(b * g, -1, n) for h in states]
+    unread = last.new_empty(b, CHUNK, d)
+    outs = _rows_d(ungated, g).split(CHUNK, 1) if save and gated else [_rows_d(unread, g)] * len(chunks)
     states[0].copy_((last.zero_() if initial_state is None else initial_state).view_as(states[0]))
-    for (*x, y_t, reset_t), h, h_out in zip(chunks, states[:-1], states[1:]):
-        _run_chunk(native, _chunk_fwd, (*x, A2, D, bias, h, y_t, h_out), reset_t, softplus=delta_softplus, gated=gated)
-    return y.to(u.dtype), last, checkpoints
+    for (*x, y_t, reset_t), out, h, h_out in zip(chunks, outs, states, states[1:]):
+        _run_chunk(native, _chunk_fwd, (*x, A2, D, bias, h, y_t, out[:, : y_t.shape[1]], h_out), reset_t,
+                   softplus=delta_softplus, gated=gated)
+    return y.to(u.dtype), last, saved
 
 
 def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
-                     checkpoints):
+                     saved):
     (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
     r, A2, new = b * g, A.float() / math.log(2), partial(torch.empty, dtype=torch.float32, device=u.device)
     du, ddelta, dz = (new(b, l, d) for _ in range(3))
     dBC = new(r, l, 2 * n)
     A, A2, D, bias = (_rows_of(x, u, g) for x in (A, A2, D, delta_bias))
     dy = torch.zeros_like(u) if dy is None else dy
-    rows = [_rows_d(u if x is None else x, g) for x in (dy, u, delta, z, du, ddelta, dz)]
-    chunks = _chunks(l, *rows[:4], _rows_n(B, g), _rows_n(C, g), *rows[4:], *dBC.chunk(2, -1), reset)
+    states, ungated = _saved_parts(saved, b, l, d, n)
+    rows = [_rows_d(u if x is None else x, g)
+            for x in (dy, u, delta, z, ungated if gated else None, du, ddelta, dz)]
+    chunks = _chunks(l, *rows[:5], _rows_n(B, g), _rows_n(C, g), *rows[5:], *dBC.chunk(2, -1), reset)
     sums, new_sums = ([*new(2, r, d // g, n).zero_(), *new(r, 2 * d // g).zero_().chunk(2, 1)]
                       for _ in range(2))  # g, dA, dD, dbias
     if dlast is not None:
         sums[0].copy_(dlast.reshape(A.shape))
-    for (*x, reset_t), h in reversed(list(zip(chunks, checkpoints.view(-1, r, d // g, n)))):
-        _run_chunk(native, _chunk_bwd, (*x[:6], A, A2, D, bias, h, *sums, *x[6:], *new_sums), reset_t,
+    for (*x, reset_t), h in reversed(list(zip(chunks, states.view(-1, r, d // g, n)))):
+        _run_chunk(native, _chunk_bwd, (*x[:7], A, A2, D, bias, h, *sums, *x[7:], *new_sums), reset_t,
                    softplus=delta_softplus, gated=gated)
         sums, new_sums = new_sums, sums
     dlast, dA, dD, dbias = (x.reshape(b, d, *x.shape[2:]) for x in sums)
@@ -1296,7 +1316,8 @@ def run_scan_fwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reset: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and with `save` the states that scan_bwd starts from, one every CHUNK or SEGMENT positions."""
+    """y, the last state, and with `save` what scan_bwd starts from: states, one every CHUNK or SEGMENT positions, and
+    on a CPU y before the gate."""
     run = IMPLEMENTATIONS[_backend(u.device)][0]
     return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save)
 
@@ -1304,11 +1325,11 @@ def run_scan_fwd(
 def run_scan_bwd(
     dy: Tensor | None, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
-    reset: Tensor | None, checkpoints: Tensor,
+    reset: Tensor | None, saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; an empty tensor for an absent one."""
     run = IMPLEMENTATIONS[_backend(u.device)][1]
-    grads = run(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, checkpoints)
+    grads = run(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved)
     return _fill(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
 
 
@@ -1318,16 +1339,18 @@ scan_fwd = torch.library.custom_op("hybrid::scan_fwd", run_scan_fwd, mutates_arg
 @scan_fwd.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     (b, l, d), n, f = u.shape, A.shape[1], _state_dtype(u)
-    every = SEGMENT if _backend(u.device) == "triton" else CHUNK
-    checkpoints = u.new_empty((l + every - 1) // every if save else 0, b * d * n, dtype=f)
-    return u.new_empty(b, l, d), u.new_empty(b, d, n, dtype=f), checkpoints
+    if _backend(u.device) == "triton":
+        saved = u.new_empty(-(-l // SEGMENT) if save else 0, b * d * n, dtype=f)
+    else:
+        saved = u.new_empty(_saved_size(b, l, d, n, z is not None, save), dtype=f)
+    return u.new_empty(b, l, d), u.new_empty(b, d, n, dtype=f), saved
 
 
 scan_bwd = torch.library.custom_op("hybrid::scan_bwd", run_scan_bwd, mutates_args=())
 
 
 @scan_bwd.register_fake
-def _(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, checkpoints):
+def _(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
     return _fill_fake(u, delta, A, B, C, D, z, delta_bias, initial_state)
 
 
@@ -1342,8 +1365,8 @@ def _scan_fwd_setup(ctx, inputs, output):
 
 
 def _scan_fwd_grad(ctx, dy, dlast, _, scan_bwd=scan_bwd):
-    *inputs, initial_state, reset, checkpoints = ctx.saved_tensors
-    grads = scan_bwd(dy, dlast, *inputs, ctx.delta_softplus, initial_state, reset, checkpoints)
+    *inputs, initial_state, reset, saved = ctx.saved_tensors
+    grads = scan_bwd(dy, dlast, *inputs, ctx.delta_softplus, initial_state, reset, saved)
     *grads, dinitial = _drop(grads, (*inputs, initial_state))
     return *grads, None, dinitial, None, None
 
