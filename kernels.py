@@ -138,6 +138,7 @@ def _sum_d(weight, x):
 
 
 def _saved_size(b, l, d, n, gated, save):
+    """Elements that _saved_parts takes apart, 0 without `save`"""
     return b * d * (-(-l // CHUNK) * n + (l if gated else 0)) if save else 0
 
 

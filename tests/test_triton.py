@@ -256,36 +256,34 @@ def test_nothing_of_the_size_of_all_states(name, reset):
     assert max(sizes.values()) <= b * l * d, sizes
 
 
-# What Triton 3.9.0 and its ptxas make of the kernels for an H100. Another version must be measured anew.
-VERSION = "3.9.0"
-pinned = pytest.mark.skipif(triton.__version__ != VERSION, reason=f"counted with Triton {VERSION}, this is another")
+# For an H100, without and with resets: instructions and special functions an element, spills in the hot loop, bound in
+# ms, bytes / least. They are the compiler's work as well, so each Triton that was measured has its own; one in between
+# is held to the older one's.
+BUDGETS = {
+    (3, 5): {("selective_scan_fwd", False): (17.1, 1.2, 0, 0.41, 1.1),
+             ("selective_scan_bwd", False): (46, 2.5, 159, 0.86, 1.25),
+             ("selective_scan_fwd", True): (17.2, 1.2, 0, 0.42, 1.1),
+             ("selective_scan_bwd", True): (52.5, 2.5, 230, 0.98, 1.25),
+             ("causal_conv1d_fwd", True): (21.5, 2.1, 0, 0.041, 1.05),
+             ("causal_conv1d_bwd", True): (53, 2.2, 0, 0.068, 1.15)},
+    (3, 9): {("selective_scan_fwd", False): (9, 1.2, 0, 0.18, 1.1),
+             ("selective_scan_bwd", False): (31, 1.5, 0, 0.58, 1.25),
+             ("selective_scan_fwd", True): (9.2, 1.2, 0, 0.18, 1.1),
+             ("selective_scan_bwd", True): (31.5, 1.5, 0, 0.59, 1.25),
+             ("causal_conv1d_fwd", True): (21, 2.1, 0, 0.041, 1.05),
+             ("causal_conv1d_bwd", True): (53, 2.2, 0, 0.068, 1.15)},
+}
 
 
-def _budget(name, reset, instructions, mufu, milliseconds, ratio):
+@pytest.mark.parametrize("name, reset", [pytest.param(*key, marks=pytest.mark.slow if key[1] else ())
+                                         for key in BUDGETS[3, 9]])
+def test_budget(name, reset):
+    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    instructions, mufu, spills, milliseconds, ratio = BUDGETS[max(v for v in BUDGETS if v <= version)][name, reset]
     r = kernel_report.row(name, 90, torch.bfloat16, reset)
-    assert r["hot_loop_spills"] == 0 and r["atomics"] == 0
+    assert r["atomics"] == 0 and r["hot_loop_spills"] <= spills
     assert r["instructions_per_element"] <= instructions and r["mufu_per_element"] <= mufu
     assert r["bound_ms"] <= milliseconds and r["bytes"] <= ratio * r["bytes_minimum"]
-
-
-@pinned
-def test_forward_budget():
-    _budget("selective_scan_fwd", False, instructions=9, mufu=1.2, milliseconds=0.18, ratio=1.1)
-
-
-@pinned
-def test_backward_budget():
-    _budget("selective_scan_bwd", False, instructions=31, mufu=1.5, milliseconds=0.58, ratio=1.25)
-
-
-@pinned
-@pytest.mark.slow
-@pytest.mark.parametrize("name, budget", {
-    "selective_scan_fwd": (9.2, 1.2, 0.18, 1.1), "selective_scan_bwd": (31.5, 1.5, 0.59, 1.25),
-    "causal_conv1d_fwd": (21, 2.1, 0.041, 1.05), "causal_conv1d_bwd": (53, 2.2, 0.068, 1.15),
-}.items())
-def test_budgets_with_reset(name, budget):
-    _budget(name, True, *budget)
 
 
 @pytest.mark.slow
