@@ -52,6 +52,8 @@ class GPTConfig(BaseModel):
     ngram_rows: PositiveInt = Field(16384, description="rows of each order's table of hashed n-grams")
     activation: Literal["relu2", "gelu_tanh", "silu"] = Field("relu2", description="feed-forward activation")
     dropout: Probability = Field(0.0, description="dropout of embeddings, attention and residual branches")
+    ngram_dropout: Probability = Field(0.0, description="training: an n-gram's row is left out with this probability")
+    token_noise: Probability = Field(0.0, description="training: the model reads another token with this probability")
     tie_weights: bool | None = Field(None, description="lm_head = wte; null: where first and last width agree")
     skip_connections: bool = Field(False, description="learned path from each layer to its mirror of equal width")
     d_state: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Mamba: state size N of each channel")
@@ -146,7 +148,15 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return RMSNormCPU.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return RMSNormCPU.apply(x, self.weight, self.eps)
+        return (x * reciprocal_rms(x, self.eps)).mul_(self.weight)
+
+
+def reciprocal_rms(x, eps):
+    """1 / rms(x) over the last dimension, in one pass over x"""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(scalar(eps, x.dtype), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 class RMSNormCPU(torch.autograd.Function):
@@ -154,8 +164,7 @@ class RMSNormCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = torch.addcmul(scalar(eps, x.dtype), norm, norm, value=1 / x.shape[-1]).rsqrt_()  # 1 / rms(x)
+        r = reciprocal_rms(x, eps)
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight)
 
@@ -208,6 +217,8 @@ class Derived(nn.Module):
         return super().train(mode)
 
     def get(self, *weights):
+        if torch.compiler.is_compiling():
+            return self.make(*weights)
         if torch.is_grad_enabled() or weights[0].is_inference():  # inference tensors count no versions
             self.forget()
             return self.make(*weights)
@@ -242,9 +253,19 @@ def cached_rotary_table(*args):
         return rotary_table(*args)
 
 
+@torch.compiler.assume_constant_result
+def constant_rotary_table(*args):
+    """cached_rotary_table, in compiled code a constant, where its sines would be taken again at every token"""
+    return cached_rotary_table(*args)
+
+
 def rotate(x, cos, sin):
     """x (B, nh, S, hs), cos and sin (S, hs) -> x with its two halves rotated as pairs"""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    if torch.compiler.is_compiling():  # Inductor's vectors do not span the seam of a roll
+        swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    else:
+        swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -286,7 +307,7 @@ class MultiHeadAttention(nn.Module):
             new_k, new_v = new_k.contiguous(), new_v.contiguous()  # or the state would hold on to all of k and v
 
         if self.rope:
-            table = rotary_table if torch.compiler.is_compiling() else cached_rotary_table
+            table = rotary_table if torch.compiler.is_compiling() and T > 1 else constant_rotary_table
             cos, sin = table(S, C // self.n_head, x.dtype, x.device)
             q, k = rotate(q, cos[S - T:], sin[S - T:]), rotate(k, cos, sin)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
@@ -617,14 +638,21 @@ class Block(nn.Module):
         return x, state
 
 
+def replace_some(idx, share: float):
+    """idx with this share of its tokens, each drawn for itself, replaced by any of idx: unigram noise, a language
+    model's counterpart of smoothing by interpolation (arXiv 1703.02573)."""
+    other = idx.flatten()[torch.randint(idx.numel(), idx.shape, device=idx.device)]
+    return torch.where(torch.rand(idx.shape, device=idx.device) < share, other, idx)
+
+
 class NGramEmbedding(nn.Module):
     """For each order n the last n tokens, hashed to a row of a table; the sum over the orders, (B, T, C).
 
     State: the last max(orders) - 1 tokens of the document (B, max(orders) - 1), -1 for none."""
 
-    def __init__(self, orders: list[int], rows: int, C: int):
+    def __init__(self, orders: list[int], rows: int, C: int, dropout: float):
         super().__init__()
-        self.orders, self.rows, self.reach = sorted(set(orders)), rows, max(orders) - 1
+        self.orders, self.rows, self.reach, self.dropout = sorted(set(orders)), rows, max(orders) - 1, dropout
         self.table = nn.EmbeddingBag(len(self.orders) * rows, C, mode="sum")
 
     def initial_state(self, B, device):
@@ -648,7 +676,11 @@ class NGramEmbedding(nn.Module):
         past = tokens[:, T:]
         if reset is not None:
             past = torch.where(document[:, T:] == document[:, -1:], past, -1)
-        return self.table(torch.stack(rows, dim=-1).flatten(0, 1)).view(B, T, -1), past
+        rows, weights = torch.stack(rows, dim=-1).flatten(0, 1), None  # (B T, orders)
+        if self.training and self.dropout:
+            ones = torch.ones(rows.shape, dtype=self.table.weight.dtype, device=rows.device)
+            weights = F.dropout(ones, self.dropout)
+        return self.table(rows, per_sample_weights=weights).view(B, T, -1), past
 
 
 class GPT(nn.Module):
@@ -661,7 +693,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd[0]) if config.position == "learned" else None
         self.ngrams = None
         if config.ngram_orders:
-            self.ngrams = NGramEmbedding(config.ngram_orders, config.ngram_rows, config.n_embd[0])
+            self.ngrams = NGramEmbedding(config.ngram_orders, config.ngram_rows, config.n_embd[0], config.ngram_dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         mirrors = range((config.n_layer + 1) // 2, config.n_layer) if config.skip_connections else ()
         self.skip = nn.ModuleDict({
@@ -747,6 +779,8 @@ class GPT(nn.Module):
     def trunk(self, idx, state=None, reset=None, n_layer=None):
         """idx (B, T) -> the residual stream after the first n_layer layers (B, T, C), and the state there."""
         layers = list(self.h)[:n_layer]
+        if self.training and self.config.token_noise:
+            idx = replace_some(idx, self.config.token_noise)
         x = self.wte(idx)
         past = [None] * len(layers) if state is None else state["layers"]
         new_state = {}

@@ -35,6 +35,7 @@ from prepare import DataError, Tokenizer, publish, temporary_file, text_chunks
 
 CHECKPOINT_FORMAT = 1
 COMPILE_FROM = 2**20  # bytes of a file: to compile the scan for a CPU takes longer than to read less as it is
+COMPILE_STEP_FROM = 10_000  # new tokens: to compile decoding for a CPU takes longer than to write fewer as it is
 
 
 class SampleError(Exception):
@@ -120,10 +121,23 @@ def prefill(model: GPT, idx):
     return logits, state
 
 
+def compiled_step(model: GPT, token, state):
+    """model as native code for decoding with a state like this one; model itself, and a warning, where that fails."""
+    step = torch.compile(model, dynamic=False, fullgraph=True)
+    try:
+        step(token, state=state)
+    except Exception as error:  # whatever a compiler can do wrong
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"warning: decoding could not be compiled, it goes on more slowly ({reason})", file=sys.stderr)
+        return model
+    return step
+
+
 @torch.no_grad()
 def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
              top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
-             generator: torch.Generator | None = None, num_samples: int = 1, n_vocab: int | None = None) -> Iterator:
+             generator: torch.Generator | None = None, num_samples: int = 1, n_vocab: int | None = None,
+             compile_step: bool = False) -> Iterator:
     """
     Continue idx (B, T) int64: yields max_new_tokens tensors (B * num_samples,), the samples of a row side by side.
 
@@ -135,7 +149,8 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
     are divided by it, negative ones multiplied), temperature (0: the most likely token), top_k, top_p (nucleus, arXiv
     1904.09751, of what top_k left), min_p (arXiv 2407.01082: at least min_p times the highest probability). The most
     likely token always stays. Tokens from n_vocab on, the padding of a vocabulary, are never drawn. All draws come
-    from `generator`, on the model's device, so that the program's own random numbers stay as they are.
+    from `generator`, on the model's device, so that the program's own random numbers stay as they are. compile_step
+    has torch.compile make native code of a step, which takes seconds and rounds in another order.
     """
     learned, block_size = model.config.position == "learned", model.config.block_size
     wide = torch.float32 if idx.device.type == "mps" else torch.float64  # MPS has no float64
@@ -149,6 +164,7 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
             raise SampleError("the model's logits are not finite; use an earlier checkpoint")
         logits, state, recent, seen = map_state(
             lambda t: t.repeat_interleave(num_samples, 0), (logits, state, recent, seen))
+        step = model
         for i in range(max_new_tokens):
             row = logits[:, -1].to(wide)  # (B, V)
             if repetition_penalty != 1:
@@ -166,7 +182,9 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
                 logits, state = prefill(model, recent)
             else:
                 with torch.inference_mode():  # a tenth less time than no_grad; what is yielded stays a usual tensor
-                    logits, _, state = model(token, state=state)
+                    logits, _, state = step(token, state=state)
+                    if compile_step and i == 0:  # the state has a step's strides from here on
+                        step = compiled_step(model, token, state)
     finally:
         model.train(training)
 
@@ -341,8 +359,9 @@ def write_samples(model: GPT, tokenizer: Tokenizer, args):
     streams = [TextStream(tokenizer, args.stop) for _ in range(args.num_samples)]
     texts = [[] for _ in streams]
     n_tokens, start, first = 0, time.perf_counter(), None
+    compile_step = args.device.type == "cpu" and args.max_new_tokens >= COMPILE_STEP_FROM
     for tokens in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
-                           args.repetition_penalty, generator, args.num_samples, tokenizer.n_vocab):
+                           args.repetition_penalty, generator, args.num_samples, tokenizer.n_vocab, compile_step):
         for stream, text, token in zip(streams, texts, tokens.tolist()):
             if not stream.done:
                 text.append(stream.push(token))

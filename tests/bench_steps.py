@@ -5,7 +5,7 @@ All in one run, the candidates taking turns, medians of repeats, so that ratios 
 backward, clipping and AdamW on random bytes, vocabulary 256, float32; every candidate has its model's own defaults.
   tokens/s   of a training step
   ms/token   of decoding at batch 1 from a prompt of 16 tokens, the most likely token each time; the first and the last
-             tenth of the tokens show whether it stays constant
+             tenth of the tokens show whether it stays constant; compiled: as sample.py does for long samples
   MB         peak extra memory of two training steps, optimizer state included: VmHWM less VmRSS before the model is
              made, in a fresh process
 nanoGPT: its model rebuilt from its published configuration (github.com/karpathy/nanoGPT). mamba.py: mambapy's Mamba
@@ -33,6 +33,7 @@ from machine import cpu, resident
 
 import kernels
 from model import GPT, GPTConfig
+from sample import compiled_step
 
 V = 256
 MAMBA = {"C": 256, "layers": 4}
@@ -184,6 +185,10 @@ def decode(name, tokens):
         keys = {"ffn_mult": 0} if kind == "mamba" else {}
         model = ours(**MAMBA, kind=kind, block_size=256, **keys).eval()
         logits, _, state = model(idx, last_only=True)
+        if "compiled" in name:
+            token = logits.reshape(1, -1).argmax(-1, keepdim=True)
+            logits, _, state = model(token, state=state)
+            model = compiled_step(model, token, state)
     seconds = []
     for _ in range(tokens):
         start = time.perf_counter()
@@ -203,7 +208,8 @@ def decode(name, tokens):
 
 
 def decoding(tokens):
-    names = ["ours, Mamba", "ours, attention over 256", "mamba.py", "transformers Mamba", "transformers GPT-2"]
+    names = ["ours, Mamba", "ours, attention over 256", "mamba.py", "transformers Mamba", "transformers GPT-2",
+             "ours, Mamba, compiled", "ours, attention over 256, compiled"]
     title = f"decoding {tokens} tokens, 4 x 256"
     print(f"\n{title:42}{'ms/token':>10}{'first 10 %':>12}{'last 10 %':>12}{'/ ours':>8}")
     rows, tenth = [], tokens // 10

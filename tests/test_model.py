@@ -20,6 +20,7 @@ from model import (
     cached_rotary_table,
     cross_entropy,
     map_state,
+    replace_some,
 )
 
 V = 23
@@ -484,9 +485,9 @@ def test_autocast_leaves_the_residual_stream_in_float32(monkeypatch):
 def test_ngram_rows_are_a_function_of_the_documents_last_n_tokens():
     """With as good as no collisions, two positions share a row exactly where they share their last n tokens."""
     orders, rows = [2, 3, 5], 2**40
-    ngrams = NGramEmbedding(orders, 8, 1)
+    ngrams = NGramEmbedding(orders, 8, 1, dropout=0.0)
     ngrams.rows, found = rows, []
-    ngrams.table.forward = lambda index: found.append(index) or torch.zeros(len(index))
+    ngrams.table.forward = lambda index, **_: found.append(index) or torch.zeros(len(index))
     gen = torch.Generator().manual_seed(0)
     idx, reset = torch.randint(3, (4, 300), generator=gen), torch.rand(4, 300, generator=gen) < 0.1
     ngrams(idx, None, reset)
@@ -502,6 +503,38 @@ def test_ngram_rows_are_a_function_of_the_documents_last_n_tokens():
 
 
 # -- norm and activation, whose gradients are written by hand
+
+@torch.no_grad()
+def test_ngram_dropout_leaves_rows_out_and_keeps_the_mean():
+    ngrams = NGramEmbedding([2, 3], 50, 4, dropout=0.3).eval()
+    torch.nn.init.normal_(ngrams.table.weight)
+    idx = torch.randint(20, (1, 9))
+    whole, _ = ngrams(idx, None, None)
+    trigrams = ngrams.table.weight[50:].clone()
+    ngrams.table.weight[50:] = 0
+    bigram, _ = ngrams(idx, None, None)
+    ngrams.table.weight[50:] = trigrams
+    draws, _ = ngrams.train()(idx.expand(20000, 9), None, None)
+    shares = torch.stack([((draws - part / 0.7).abs().amax(-1) < 1e-5).float().mean()
+                          for part in (whole, bigram, whole - bigram, 0 * whole)])
+    torch.testing.assert_close(shares, torch.tensor([0.49, 0.21, 0.21, 0.09]), atol=0.01, rtol=0)
+    torch.testing.assert_close(draws.mean(0, keepdim=True), whole, atol=0.06, rtol=0)
+
+
+def test_token_noise_replaces_by_the_texts_own_tokens():
+    idx = torch.cat((torch.full((64, 300), 7), torch.full((64, 100), 9)), dim=1)
+    noisy = replace_some(idx, 0.2)
+    assert noisy.shape == idx.shape and noisy.unique().tolist() == [7, 9]
+    for token, others in ((7, 0.25), (9, 0.75)):  # what a token replaces by itself goes unseen
+        assert (noisy[idx == token] != token).float().mean().item() == pytest.approx(0.2 * others, rel=0.15)
+
+    model = GPT(GPTConfig(vocab_size=30, n_embd=16, n_layer=2, block_size=16, token_noise=0.5))
+    plain = GPT(GPTConfig(vocab_size=30, n_embd=16, n_layer=2, block_size=16))
+    plain.load_state_dict(model.state_dict())
+    idx = torch.randint(30, (4, 16))
+    assert not torch.equal(model.train()(idx)[0], plain.train()(idx)[0])
+    assert torch.equal(model.eval()(idx)[0], plain.eval()(idx)[0])
+
 
 def test_rms_norm_is_its_formula():
     norm = RMSNorm(7, 1e-3).double()

@@ -134,6 +134,20 @@ def test_padded_vocabulary_is_never_drawn():
     assert max(map(max, tokens_of(model, prompt_of(2), 4, n_vocab=257, **keys))) < 257
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attention_type", [["mamba", "standard"], "fractal"], ids=str)
+def test_compiled_decoding_is_recomputing(attention_type):
+    """One compilation for a whole sample, window and n-grams filled or not, and the weights' own numbers."""
+    model, idx = make_model(attention_type, n_layer=2, fractal_depth_range=[2, 2], ngram_orders=[3]), prompt_of(5)
+    expected = greedy_from_scratch(model, idx, 40)
+    assert len(set(expected[0])) > 8
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert tokens_of(model, idx, 40, temperature=0, compile_step=True) == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_time_per_token_is_flat():
     model = make_model(["mamba", "standard"], dtype=torch.float32, n_layer=2)
     streams = [generate(model, prompt_of(4), 1000) for _ in range(2)]
@@ -304,6 +318,21 @@ def test_seed(capsys, hybrid):
     draws = [run(capsys, "--model_path", hybrid, "--max_new_tokens", 20, *seed).out
              for seed in (("--seed", 3), ("--seed", 3), ("--seed", 4), ())]
     assert draws[0] == draws[1] and len(set(draws)) == 3
+
+
+def test_long_samples_are_compiled_where_that_works(capsys, hybrid, monkeypatch):
+    flags = "--model_path", hybrid, "--max_new_tokens", 12, "--seed", 3
+    plain = run(capsys, *flags).out
+
+    def no_compiler(*args, **keys):
+        raise RuntimeError("no g++\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **keys: no_compiler)
+    assert "compiled" not in run(capsys, *flags).err
+    monkeypatch.setattr(sample, "COMPILE_STEP_FROM", 12)
+    out, err = run(capsys, *flags)
+    assert out == plain
+    assert "warning: decoding could not be compiled, it goes on more slowly (RuntimeError: no g++)\n" in err
 
 
 def test_flags_reach_the_sampler(capsys, hybrid):

@@ -167,10 +167,10 @@ def same(a, b, path=""):
 
 
 @pytest.mark.parametrize("extra", [
-    ["--dropout", "0.1"],
+    ["--dropout", "0.1", "--token_noise", "0.1", "--ngram_orders", "2,3", "--ngram_dropout", "0.2"],
     ["--optimizer", "muon", "--gradient_accumulation_steps", "2"],
     ["--sequential", "false", "--position", "learned"],
-], ids=["adamw-dropout", "muon-accumulation", "windows-learned"])
+], ids=["adamw-noise", "muon-accumulation", "windows-learned"])
 def test_resume_is_bit_for_bit(folder, extra):
     common = ["--max_iters", 20, "--checkpoint_interval", 10, "--eval_interval", 5, *extra]
     run(*common)
