@@ -16,11 +16,13 @@ import argparse
 import codecs
 import contextlib
 import difflib
+import logging
 import math
 import os
 import secrets
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,12 +126,16 @@ def prefill(model: GPT, idx):
 def compiled_step(model: GPT, token, state):
     """model as native code for decoding with a state like this one; model itself, and a warning, where that fails."""
     step = torch.compile(model, dynamic=False, fullgraph=True)
+    logging.disable(logging.WARNING)  # what PyTorch has to say of its own machinery is of no use here
     try:
-        step(token, state=state)
+        with warnings.catch_warnings(action="ignore"):
+            step(token, state=state)
     except Exception as error:  # whatever a compiler can do wrong
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"warning: decoding could not be compiled, it goes on more slowly ({reason})", file=sys.stderr)
         return model
+    finally:
+        logging.disable(logging.NOTSET)
     return step
 
 
