@@ -366,6 +366,8 @@ def write_samples(model: GPT, tokenizer: Tokenizer, args):
     texts = [[] for _ in streams]
     n_tokens, start, first = 0, time.perf_counter(), None
     compile_step = args.device.type == "cpu" and args.max_new_tokens >= COMPILE_STEP_FROM
+    if compile_step:
+        print("decoding is compiled first, in some 15 seconds, 5 from its cache", file=sys.stderr)
     for tokens in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
                            args.repetition_penalty, generator, args.num_samples, tokenizer.n_vocab, compile_step):
         for stream, text, token in zip(streams, texts, tokens.tolist()):
