@@ -546,6 +546,6 @@ def test_the_reader_may_leave(tmp_path, how, n):
         else:
             process.send_signal(signal.SIGINT)
         assert process.wait(60) == (0 if how == "closed pipe" else 130)
-        assert len(process.stderr.read().splitlines()) == 1 + (n >= sample.COMPILE_STEP_FROM)  # the model's line, a note
+        assert len(process.stderr.read().splitlines()) == 1 + (n >= sample.COMPILE_STEP_FROM)  # the model, a note
     finally:
         process.kill()
