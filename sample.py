@@ -365,7 +365,8 @@ def write_samples(model: GPT, tokenizer: Tokenizer, args):
     streams = [TextStream(tokenizer, args.stop) for _ in range(args.num_samples)]
     texts = [[] for _ in streams]
     n_tokens, start, first = 0, time.perf_counter(), None
-    compile_step = args.device.type == "cpu" and args.max_new_tokens >= COMPILE_STEP_FROM
+    carries_on = model.config.position != "learned"  # that table's end turns each step into a prefill
+    compile_step = args.device.type == "cpu" and carries_on and args.max_new_tokens >= COMPILE_STEP_FROM
     if compile_step:
         print("decoding is compiled first, in some 15 seconds, 5 from its cache", file=sys.stderr)
     for tokens in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,

@@ -320,7 +320,7 @@ def test_seed(capsys, hybrid):
     assert draws[0] == draws[1] and len(set(draws)) == 3
 
 
-def test_long_samples_are_compiled_where_that_works(capsys, hybrid, monkeypatch):
+def test_long_samples_are_compiled_where_that_works(capsys, hybrid, monkeypatch, tmp_path):
     flags = "--model_path", hybrid, "--max_new_tokens", 12, "--seed", 3
     plain = run(capsys, *flags).out
 
@@ -333,6 +333,8 @@ def test_long_samples_are_compiled_where_that_works(capsys, hybrid, monkeypatch)
     out, err = run(capsys, *flags)
     assert out == plain and "decoding is compiled first" in err
     assert "warning: decoding could not be compiled, it goes on more slowly (RuntimeError: no g++)\n" in err
+    learned = save(make_model("mamba", torch.float32, position="learned"), tmp_path / "m.pt")
+    assert "compiled first" not in run(capsys, "--model_path", learned, *flags[2:]).err
 
 
 def test_flags_reach_the_sampler(capsys, hybrid):
