@@ -14,6 +14,7 @@ Letters, in shapes and in code:
 "(2a)" and the like are equations of the Mamba paper, Gu and Dao 2023, arXiv 2312.00752.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -298,31 +299,52 @@ def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
 #
 # Each function below is written in torch, for one chunk or for one convolution, and runs as it stands or as the native
 # code that Inductor makes of it: one loop nest for all states of a channel, vectors along n, any batch, length and
-# width. A chunk's outputs are views, its last arguments. Polynomials replace exp and log1p, which would cost the most.
+# width. A chunk's outputs are views, its last arguments.
 
-def _fast_exp2(x):
-    """2^x to 1 ulp or so: 2^round(x) goes into the exponent's bits, a polynomial gives the rest. 2^-126 below that."""
-    x = torch.where(x > -126.0, x, -126.0)
-    r = x + 12582912.0  # 1.5 2^23: round(x) is in the last bits now
-    f = x - (r - 12582912.0)  # -0.5 .. 0.5
-    p = 1.5403530e-4 * f + 1.3333558e-3
-    for c in (9.6181291e-3, 5.5504108e-2, 2.4022650e-1, 6.9314718e-1, 1.0):
-        p = p * f + c
-    return (p.view(torch.int32) + (r.view(torch.int32) << 23)).view(torch.float32)
+@contextlib.contextmanager
+def _polynomials():
+    """Within, Inductor makes polynomials of exp2, sigmoid and softplus, where calls would cost the most. Its cache does
+    not know: who changes one sets TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 for a run."""
+    from torch._inductor.lowering import lowerings, make_pointwise
+    from torch._inductor.virtualized import ops
 
+    def number(value):
+        return ops.constant(value, torch.float32)
 
-def _fast_sigmoid(x):
-    return 1 / (1 + _fast_exp2(x * -1.44269504))
+    def polynomial(x, first, *rest):
+        y = number(first)
+        for coefficient in rest:
+            y = ops.add(ops.mul(y, x), number(coefficient))
+        return y
 
+    def exp2(x):
+        """To 1 ulp or so: 2^round(x) goes into the exponent's bits, a polynomial gives the rest. 2^-126 below that."""
+        x = ops.where(ops.gt(x, number(-126.0)), x, number(-126.0))
+        r = ops.add(x, number(12582912.0))  # 1.5 2^23: round(x) is in the last bits now
+        f = ops.sub(x, ops.sub(r, number(12582912.0)))  # -0.5 .. 0.5
+        y = polynomial(f, 1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504108e-2, 2.4022650e-1, 6.9314718e-1, 1.0)
+        bits, power = (ops.to_dtype_bitcast(value, torch.int32, torch.float32) for value in (y, r))
+        bits = ops.add(bits, ops.bitwise_left_shift(power, ops.constant(23, torch.int32)))
+        return ops.to_dtype_bitcast(bits, torch.float32, torch.int32)
 
-def _fast_softplus(x):
-    """max(x, 0) + log(1 + w), w = exp(-|x|), by a polynomial fitted to log(1 + w) / w on 0 .. 1; x above 20."""
-    w = _fast_exp2(x.abs() * -1.44269504)
-    p = 0.00512610214
-    for c in (-0.0290740647, 0.0775160868, -0.136022476, 0.190768807, -0.24835399, 0.333181217, -0.49999445,
-              0.999999966):
-        p = p * w + c
-    return torch.where(x > 20, x, torch.relu(x) + p * w)
+    def sigmoid(x):
+        return ops.truediv(number(1.0), ops.add(number(1.0), exp2(ops.mul(x, number(-1.44269504)))))
+
+    def softplus(x):
+        """max(x, 0) + log(1 + w), w = exp(-|x|), by a polynomial fitted to log(1 + w) / w on 0 .. 1; x above 20."""
+        w = exp2(ops.mul(ops.abs(x), number(-1.44269504)))
+        y = polynomial(w, 0.00512610214, -0.0290740647, 0.0775160868, -0.136022476, 0.190768807, -0.24835399,
+                       0.333181217, -0.49999445, 0.999999966)
+        return ops.where(ops.gt(x, number(20.0)), x, ops.add(ops.relu(x), ops.mul(y, w)))
+
+    aten, usual = torch.ops.aten, dict(lowerings)
+    lowerings.update({op: make_pointwise(f) for op, f in ((aten.exp2.default, exp2), (aten.sigmoid.default, sigmoid),
+                                                          (aten.softplus.default, softplus))})
+    try:
+        yield
+    finally:
+        lowerings.clear()
+        lowerings.update(usual)
 
 
 def _keep(x):
@@ -334,17 +356,17 @@ def _chunk_fwd(u, delta, z, B, C, A2, D, bias, h, y, out, h_out, reset=None, *, 
     """One chunk of the scan, from the state h (b, d, n) to h_out; A2 is A log2(e). Parameters come once a row. With a
     gate `out` is y before it."""
     raw = delta + bias[:, None]
-    dt = _keep(_fast_softplus(raw) if softplus else raw)
+    dt = _keep(F.softplus(raw) if softplus else raw)
     v = _keep(dt * u)
     ys = []
-    for t, a_t in enumerate(_fast_exp2(dt[..., None] * A2[:, None]).unbind(1)):  # (4)
+    for t, a_t in enumerate(torch.exp2(dt[..., None] * A2[:, None]).unbind(1)):  # (4)
         h = h if reset is None else h.masked_fill(reset[:, t, None, None], 0)
         h = a_t * h + v[:, t, :, None] * B[:, t, None]  # (2a)
         ys.append((h * C[:, t, None]).sum(-1))  # (2b)
     x = torch.stack(ys, 1) + D[:, None] * u
     if gated:
         out.copy_(x)
-    y.copy_(x * z * _fast_sigmoid(z) if gated else x)
+    y.copy_(x * z * torch.sigmoid(z) if gated else x)
     h_out.copy_(h)
 
 
@@ -353,14 +375,14 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, A2, D, bias, h, g, dA, dD, dbias, 
     """The gradients of one chunk, by the formulas of _scan_bwd_eager. h is the state before it, out what _chunk_fwd
     gave, g (b, d, n) the gradient of the state after it; dA (b, d, n), dD and dbias (b, d) are sums so far."""
     raw = delta + bias[:, None]
-    dt = _keep(_fast_softplus(raw) if softplus else raw)
+    dt = _keep(F.softplus(raw) if softplus else raw)
     v = _keep(dt * u)
     w = dy  # the gradient of y before the gate
     if gated:
-        s = _fast_sigmoid(z)
+        s = torch.sigmoid(z)
         w = _keep(dy * z * s)
         dz.copy_(dy * out * s * (1 + z * (1 - s)))
-    a = _fast_exp2(dt[..., None] * A2[:, None]).unbind(1)
+    a = torch.exp2(dt[..., None] * A2[:, None]).unbind(1)
     before, after = [], []  # the states on both sides of each position
     for t, a_t in enumerate(a):
         before.append(h if reset is None else h.masked_fill(reset[:, t, None, None], 0))
@@ -371,7 +393,7 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, A2, D, bias, h, g, dA, dD, dbias, 
         gs[t] = g + w[:, t, :, None] * C[:, t, None]
         gB[t] = (gs[t] * B[:, t, None]).sum(-1)
         g = a[t] * gs[t]
-        x = g * before[t]
+        x = gs[t] * (a[t] * before[t])  # that product is there: g * before would wait for g
         g = g if reset is None else g.masked_fill(reset[:, t, None, None], 0)
         xA[t] = (x * A).sum(-1)
         dA = dA + x * dt[:, t, :, None]
@@ -379,7 +401,7 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, A2, D, bias, h, g, dA, dD, dbias, 
     dB.copy_(torch.stack([(g_t * v[:, t, :, None]).sum(1) for t, g_t in enumerate(gs)], 1))
     gB = torch.stack(gB, 1)
     dx = gB * u + torch.stack(xA, 1)
-    dx = _keep(dx * torch.where(raw > 20, 1.0, _fast_sigmoid(raw)) if softplus else dx)
+    dx = _keep(dx * torch.where(raw > 20, 1.0, torch.sigmoid(raw)) if softplus else dx)
     du.copy_(gB * dt + D[:, None] * w)
     ddelta.copy_(dx)
     g_out.copy_(g)
@@ -396,7 +418,7 @@ def _taps_fwd(rows, weight, bias, *, silu):
     """The convolution of rows (b, W-1 + l, d), which begin with the state, with weight (W, d): y (b, l, d)."""
     l = rows.shape[1] - len(weight) + 1
     y = sum((weight_w * rows[:, w : w + l] for w, weight_w in enumerate(weight.unbind(0))), bias)
-    return (y * _fast_sigmoid(y) if silu else y,)
+    return (y * torch.sigmoid(y) if silu else y,)
 
 
 def _taps_bwd(dy, rows, weight, bias, *, silu):
@@ -405,7 +427,7 @@ def _taps_bwd(dy, rows, weight, bias, *, silu):
     taps = [rows[:, w : w + l] for w in range(W)]
     if silu:
         y = sum((weight[w] * taps[w] for w in range(W)), bias)
-        s = _fast_sigmoid(y)
+        s = torch.sigmoid(y)
         dy = _keep(dy * s * (1 + y * (1 - s)))
     padded = _keep(F.pad(dy, (0, 0, W - 1, W - 1)))
     drows = sum(weight[w] * padded[:, W - 1 - w : 2 * (W - 1) - w + l] for w in range(W))
@@ -433,24 +455,29 @@ def _example(shape, n):
 def _compiled(function, letters, n, **options):
     """`function` as native code for float32 tensors of these shapes: T and t = CHUNK, n (of a convolution: W) as given,
     L = l + n - 1, b, l and d any. r and s are b; T, t, r and s each have a distance between rows of their own, which
-    may be any. None where that fails, for want of a C++ compiler. Takes half a minute the first time on a machine, and
-    seconds from Inductor's cache."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch.fx.experimental.proxy_tensor import make_fx
-
+    may be any. None where that fails, for want of a C++ compiler. Takes some seconds the first time on a machine, and
+    two from Inductor's cache."""
     def traced(*tensors):
         for x, shape in zip(tensors, letters.split()):
             if "n" in shape:
                 int(x.shape[shape.index("n")])  # fixes n
         return function(*tensors, **options) or ()
 
-    fused = {"cpp.enable_floating_point_contract_flag": "fast", "max_pointwise_cat_inputs": 0,
-             "max_fusion_size": 100000, "cpp.max_horizontal_fusion_size": 100000, "cpp.dynamic_threads": True}
+    settings = {
+        "cpp.enable_floating_point_contract_flag": "fast", "max_pointwise_cat_inputs": 0, "max_fusion_size": 100000,
+        "cpp.max_horizontal_fusion_size": 100000, "cpp.dynamic_threads": True,
+        "cpp.vec_isa_ok": True,  # the CPU's flags say so; to compile a test of them takes seconds
+        "cpp.enable_loop_tail_vec": "bdn" in letters and n % 16 > 0,  # one of no iterations makes the code slower
+    }
     try:
-        with config.patch(fused), torch.no_grad():
-            graph = make_fx(traced, select_decomp_table(), "symbolic")(*(_example(x, n) for x in letters.split()))
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.decomposition import select_decomp_table
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        table = {op: f for op, f in select_decomp_table().items() if op is not torch.ops.aten.softplus.default}
+        with config.patch(settings), _polynomials(), torch.no_grad():
+            graph = make_fx(traced, table, "symbolic")(*(_example(x, n) for x in letters.split()))
             graph.shape_env = None  # Inductor finds it in the inputs, and could not hash it for its cache
             fake = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
             with torch._guards.tracing(torch._guards.TracingContext(fake[0].fake_mode)):

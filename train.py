@@ -176,9 +176,9 @@ def parse_value(key: str, text: str):
 
 
 def read_json(text: str):
-    """What the text says in JSON, or the text"""
+    """What the text says in JSON, where a number may begin with its point, or the text"""
     try:
-        return json.loads(text)
+        return json.loads(re.sub(r"^(-?)\.(?=\d)", r"\g<1>0.", text))
     except ValueError:
         return text
 
@@ -363,6 +363,7 @@ def newest_checkpoint(folder: Path) -> dict:
     raise RunError(f"init_from: no checkpoint_step_*.pt to resume in {folder}/; leave --init_from out to start a run")
 
 
+NOISE = ("dropout", "ngram_dropout", "token_noise", "fractal_drop", "fractal_level_drop")  # of training, not weights
 FIXED = (*GPTConfig.model_fields, "tokenizer", "batch_size", "gradient_accumulation_steps", "sequential",
          "carry_state", "val_fraction", "optimizer", "weight_decay", "beta1", "beta2")
 
@@ -610,7 +611,8 @@ class Run:
             raise RunError(f"vocab_size: {config.vocab_size}, but the tokenizer has {n_vocab}; set it to null")
         self.model_args["vocab_size"] = config.vocab_size or n_vocab
         if checkpoint is not None:
-            theirs = GPTConfig(**checkpoint["model_args"]).model_dump() | {"dropout": config.dropout}
+            ours = {key: self.model_args[key] for key in NOISE}
+            theirs = GPTConfig(**checkpoint["model_args"]).model_dump() | ours
             changed = [key for key in self.model_args if self.model_args[key] != theirs[key]]
             if changed:
                 self.say(f"note: the model is the checkpoint's; the configuration differs in: {', '.join(changed)}")

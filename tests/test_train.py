@@ -237,6 +237,18 @@ def test_a_new_run_never_writes_over_another(folder, capsys):
     assert (folder / "checkpoints/run_002").is_dir()
 
 
+def test_a_run_from_a_checkpoint_keeps_its_model_and_sets_its_own_noise(folder, capsys):
+    run("--max_iters", 1, "--ngram_orders", "2", "--dropout", 0.3)
+    noise = {"dropout": 0.1, "ngram_dropout": 0.2, "token_noise": 0.3, "fractal_drop": 0.4, "fractal_level_drop": 0.5}
+    capsys.readouterr()
+    flags = [word for key, value in noise.items() for word in (f"--{key}", str(value).lstrip("0"))]
+    this = run("--max_iters", 1, "--init_from", folder / "checkpoints/best_model.pt", *flags)
+    assert this.model.config.ngram_orders == [2] and {key: getattr(this.model.config, key) for key in noise} == noise
+    assert this.model.ngrams.dropout == 0.2
+    note, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note:"))
+    assert note.endswith("differs in: ngram_orders")
+
+
 def test_resume_refuses_another_run_and_names_both_values(folder, capsys):
     run("--max_iters", 4)
     with pytest.raises(train.RunError, match=r"block_size is 8 but 16 in the checkpoint"):
