@@ -147,7 +147,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         if torch.is_grad_enabled():
             return RMSNormCPU.apply(x, self.weight, self.eps)
         return (x * reciprocal_rms(x, self.eps)).mul_(self.weight)
@@ -571,24 +571,32 @@ class _FractalGroup:
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole
 
-class ReLU2(torch.autograd.Function):
-    """relu(x)^2 (arXiv 2109.08668), of which only the result is kept, as the product after it does anyway: its root
-    gives the slope 2 relu(x)."""
+class SquaredReLU(torch.autograd.Function):
+    """relu(x w^T)^2 v^T (arXiv 2109.08668), x (N, C), w (H, C), v (C, H), ROWS rows at a time, so that what lies
+    between the products stays in cache. Only the root of what the second product reads is kept."""
+
+    ROWS = 1024
 
     @staticmethod
-    def forward(ctx, x):
-        y = F.relu(x).square_()
-        ctx.save_for_backward(y)
+    def forward(ctx, x, w, v):
+        root, y = x.new_empty(len(x), len(w)), x.new_empty(len(x), len(v))
+        for x_i, root_i, y_i in zip(*(part.split(SquaredReLU.ROWS) for part in (x, root, y))):
+            torch.mm(x_i, w.t(), out=root_i).relu_()
+            torch.mm(root_i * root_i, v.t(), out=y_i)
+        ctx.save_for_backward(x, w, v, root)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        y, = ctx.saved_tensors
-        if y.dtype != torch.float32:
-            return y.sqrt().mul_(dy).mul_(2)
-        # MKL's sqrt takes ten times as long on some CPUs; y below the smallest normal number is as good as 0
-        return y.clamp_min(torch.finfo(y.dtype).tiny).rsqrt_().mul_(y).mul_(dy).mul_(2)
+        x, w, v, root = ctx.saved_tensors
+        dx, dw, dv = torch.empty_like(x), torch.zeros_like(w), torch.zeros_like(v)
+        for x_i, root_i, dx_i, dy_i in zip(*(part.split(SquaredReLU.ROWS) for part in (x, root, dx, dy))):
+            dv.addmm_(dy_i.t(), root_i * root_i)
+            droot = (dy_i @ v).mul_(root_i).mul_(2)
+            dw.addmm_(droot.t(), x_i)
+            torch.mm(droot, w, out=dx_i)
+        return dx, dw, dv
 
 
 class FeedForward(nn.Module):
@@ -596,14 +604,18 @@ class FeedForward(nn.Module):
         super().__init__()
         C = config.n_embd[layer]
         hidden = int(config.ffn_mult[layer] * C)
-        self.activation = config.activation
+        self.activation, self.bias = config.activation, config.bias
         self.c_fc = nn.Linear(C, hidden, bias=config.bias)
         self.c_proj = nn.Linear(hidden, C, bias=config.bias)
 
     def forward(self, x):
+        plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        if self.activation == "relu2" and not self.bias and torch.is_grad_enabled() and not plain:
+            rows = x.reshape(-1, x.shape[-1])
+            return SquaredReLU.apply(rows, self.c_fc.weight, self.c_proj.weight).view_as(x)
         x = self.c_fc(x)
         if self.activation == "relu2":
-            x = ReLU2.apply(x) if torch.is_grad_enabled() else F.relu(x).square_()
+            x = F.relu(x).square()
         elif self.activation == "gelu_tanh":
             x = F.gelu(x, approximate="tanh")
         else:

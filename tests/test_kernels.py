@@ -256,8 +256,11 @@ def test_without_a_compiler_the_plain_form_runs():
     def broken(x):
         raise RuntimeError("no compiler")
 
+    from torch._inductor.lowering import lowerings
+    usual = dict(lowerings)
     with pytest.warns(UserWarning, match="slower plain form runs .RuntimeError: no compiler"):
         assert kernels._compiled(broken, "d", 1) is None
+    assert lowerings == usual  # other people's code is not compiled with our polynomials
 
 
 # -- exact derivatives

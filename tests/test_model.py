@@ -17,6 +17,7 @@ from model import (
     LinearCrossEntropy,
     NGramEmbedding,
     RMSNorm,
+    SquaredReLU,
     cached_rotary_table,
     cross_entropy,
     map_state,
@@ -551,9 +552,10 @@ def test_rms_norm_is_its_formula():
     assert norm(torch.zeros(1, 7)).abs().max() == 0
 
 
-def test_squared_relu_keeps_one_tensor():
-    ffn = FeedForward(GPTConfig(vocab_size=V, n_embd=8), 0)
-    x, kept = torch.randn(3, 8, requires_grad=True), {}
+def test_squared_relu_in_parts_keeps_one_tensor():
+    ffn, rows = FeedForward(GPTConfig(vocab_size=V, n_embd=8), 0).double(), SquaredReLU.ROWS + 3
+    x, kept = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True), {}
+    dy = torch.randn(rows, 8, dtype=torch.float64)
 
     def keep(t):
         kept[t.untyped_storage().data_ptr()] = t
@@ -561,11 +563,13 @@ def test_squared_relu_keeps_one_tensor():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = ffn(x)
-    assert sum(t.numel() == 3 * 32 for t in kept.values()) == 1
+    assert sum(t.numel() == rows * 32 for t in kept.values()) == 1
     reference = torch.relu(x @ ffn.c_fc.weight.T).square() @ ffn.c_proj.weight.T
-    for a, b in zip(torch.autograd.grad(y.sum(), (x, ffn.c_fc.weight)),
-                    torch.autograd.grad(reference.sum(), (x, ffn.c_fc.weight))):
-        close(a, b, 1e-6)
+    close(y, reference, 1e-12)
+    with torch.no_grad():
+        close(ffn(x), reference, 1e-12)
+    for a, b in zip(*(torch.autograd.grad(out, (x, ffn.c_fc.weight, ffn.c_proj.weight), dy) for out in (y, reference))):
+        close(a, b, 1e-12)
 
 
 @pytest.mark.parametrize("keys, words", [
