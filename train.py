@@ -637,7 +637,7 @@ class Run:
         if self.world_size > 1:
             self.step_model = DDP(self.step_model, device_ids=[self.device] if self.device.type == "cuda" else None)
         how = f"not compiled ({reason})" if reason else "compiled" if whole else \
-            "scan and convolutions compiled (the first time on a machine takes a minute)"
+            "scan and convolutions compiled (the first time on a machine takes half a minute)"
         self.say(f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}, {how}: {self.max_iters} steps of "
                  f"{self.tokens_per_step:,} tokens")
 
