@@ -138,6 +138,11 @@ class GPTConfig(BaseModel):
         return []
 
 
+def eager_cpu(x):
+    """Whether what is written for a CPU's own types and eager code applies to x"""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+
+
 class RMSNorm(nn.Module):
     """y = x / rms(x) * weight, rms(x) = sqrt(mean(x^2) + eps) over the last dimension (arXiv 1910.07467)."""
 
@@ -146,7 +151,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
 
     def forward(self, x):
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        if not eager_cpu(x):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         if torch.is_grad_enabled():
             return RMSNormCPU.apply(x, self.weight, self.eps)
@@ -609,8 +614,8 @@ class FeedForward(nn.Module):
         self.c_proj = nn.Linear(hidden, C, bias=config.bias)
 
     def forward(self, x):
-        plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if self.activation == "relu2" and not self.bias and torch.is_grad_enabled() and not plain:
+        in_parts = self.activation == "relu2" and not self.bias and torch.is_grad_enabled()
+        if in_parts and eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
             rows = x.reshape(-1, x.shape[-1])
             return SquaredReLU.apply(rows, self.c_fc.weight, self.c_proj.weight).view_as(x)
         x = self.c_fc(x)

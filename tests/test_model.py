@@ -3,6 +3,7 @@ and the reference models of transformers, weights mapped one to one."""
 
 import itertools
 import random
+import warnings
 
 import pytest
 import torch
@@ -550,6 +551,10 @@ def test_rms_norm_is_its_formula():
                     torch.autograd.grad(expected, (x, norm.weight), dy)):
         close(a, b, 1e-12)
     assert norm(torch.zeros(1, 7)).abs().max() == 0
+    with warnings.catch_warnings(action="error"):
+        half = norm.float()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), norm.double()(x), atol=1e-2, rtol=1e-2)
 
 
 def test_squared_relu_in_parts_keeps_one_tensor():
