@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import secrets
+import signal
 import sys
 import time
 import warnings
@@ -369,8 +370,19 @@ def write_samples(model: GPT, tokenizer: Tokenizer, args):
     compile_step = args.device.type == "cpu" and carries_on and args.max_new_tokens >= COMPILE_STEP_FROM
     if compile_step:
         print("decoding is compiled first, in some 15 seconds, 5 from its cache", file=sys.stderr)
-    for tokens in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
-                           args.repetition_penalty, generator, args.num_samples, tokenizer.n_vocab, compile_step):
+    pressed = []
+
+    def interrupt(*_):  # an exception here could fall into what checks compiled code before a call, and be lost
+        pressed.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait for the token
+
+    for i, tokens in enumerate(generate(
+            model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
+            args.repetition_penalty, generator, args.num_samples, tokenizer.n_vocab, compile_step)):
+        if compile_step and i == 1:  # compiled by now
+            signal.signal(signal.SIGINT, interrupt)
+        if pressed:
+            raise KeyboardInterrupt
         for stream, text, token in zip(streams, texts, tokens.tolist()):
             if not stream.done:
                 text.append(stream.push(token))
