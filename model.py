@@ -609,12 +609,12 @@ class FeedForward(nn.Module):
         super().__init__()
         C = config.n_embd[layer]
         hidden = int(config.ffn_mult[layer] * C)
-        self.activation, self.bias = config.activation, config.bias
+        self.activation = config.activation
         self.c_fc = nn.Linear(C, hidden, bias=config.bias)
         self.c_proj = nn.Linear(hidden, C, bias=config.bias)
 
     def forward(self, x):
-        in_parts = self.activation == "relu2" and not self.bias and torch.is_grad_enabled()
+        in_parts = self.activation == "relu2" and self.c_fc.bias is None and torch.is_grad_enabled()
         if in_parts and eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
             rows = x.reshape(-1, x.shape[-1])
             return SquaredReLU.apply(rows, self.c_fc.weight, self.c_proj.weight).view_as(x)

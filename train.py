@@ -832,7 +832,7 @@ class Run:
 
 def keep_freed_memory():
     """Let glibc reuse freed blocks of up to 64 MB. It gives those above 32 back to the system and pays a fault for each
-    page of the next one: 12 % of a step of shakespeare_87, whose tables have gradients that large."""
+    page of the next one: a sixth of a step of shakespeare_87, whose tables have gradients that large."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
