@@ -2,6 +2,7 @@
 and the reference models of transformers, weights mapped one to one."""
 
 import itertools
+import math
 import random
 import warnings
 
@@ -19,6 +20,7 @@ from model import (
     NGramEmbedding,
     RMSNorm,
     SquaredReLU,
+    attend,
     cached_rotary_table,
     cross_entropy,
     map_state,
@@ -482,6 +484,25 @@ def test_autocast_leaves_the_residual_stream_in_float32(monkeypatch):
     loss.backward()
     assert set(streams) == {torch.float32} and len(streams) == 2 * len(model.h)
     assert dtypes == [(torch.bfloat16,) * 3]  # where the products are fast
+
+
+@pytest.mark.parametrize("S", (8, 13))
+def test_attention_in_bfloat16_agrees_with_softmax_in_float64(S):
+    """Its own operations on a CPU: the causal triangle, and a mask a row that shows a query one key at least."""
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, generator=gen).bfloat16().requires_grad_() for n in (8, S, S))
+    seen = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
+    if S > 8:
+        seen = torch.rand(2, 1, 8, S, generator=gen) < 0.5
+        seen[..., -1] = True
+    y = attend(q, k, v, None if S == 8 else seen, 0.0)
+    scores = (q.double() @ k.double().transpose(2, 3) / 4).masked_fill(~seen, -math.inf)
+    expected = scores.softmax(-1) @ v.double()
+    dy = torch.randn(y.shape, generator=gen).bfloat16()
+    pairs = zip((y, *torch.autograd.grad(y, (q, k, v), dy)),
+                (expected, *torch.autograd.grad(expected, (q, k, v), dy.double())))
+    for actual, reference in pairs:
+        assert (actual.double() - reference).norm() <= 0.01 * reference.norm()
 
 
 def test_ngram_rows_are_a_function_of_the_documents_last_n_tokens():
