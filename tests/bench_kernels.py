@@ -286,9 +286,9 @@ def main():
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the other processes
     load, rate = os.getloadavg()[0], rates()
-    report = {"cpu": cpu(), "vectors": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(), "load": load,
-              "threads": args.threads, "torch": torch.__version__, "rates": rate, "compile": {}}
-    print(f"{report['cpu']}, {report['vectors']}, {os.cpu_count()} cores, load {load:.1f}; torch {torch.__version__}, "
+    report = {"cpu": cpu(), "cores": os.cpu_count(), "load": load, "threads": args.threads, "torch": torch.__version__,
+              "rates": rate, "compile": {}}
+    print(f"{report['cpu']}, {os.cpu_count()} cores, load {load:.1f}; torch {torch.__version__}, "
           f"threads {args.threads}; copy {rate['copy'] / 1e9:.1f} GB/s, torch.exp {rate['exp'] / 1e9:.2f} G/s")
     print("\nCompile time, s: a first call less the next", flush=True)
     with tempfile.TemporaryDirectory() as cache:

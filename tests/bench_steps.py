@@ -257,8 +257,8 @@ def main():
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     kernels.COMPILE = True
-    print(f"{cpu()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
-          f"torch {torch.__version__}, threads {args.threads}")
+    print(f"{cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, threads "
+          f"{args.threads}")
     rows = training(3 if args.quick else 9) + decoding(500 if args.quick else 2000)
     if not args.quick and Path("/proc/self/status").exists():
         rows += memory()

@@ -3,13 +3,17 @@
 import platform
 from pathlib import Path
 
+import torch
+
 
 def cpu() -> str:
-    """The CPU's name, as far as the system tells it."""
+    """The CPU's name, as far as the system tells it, its vectors, and whether it multiplies bfloat16."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+    text = info.read_text() if info.is_file() else ""
+    name = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")),
                 platform.processor() or "unknown CPU")
+    bfloat16 = " with bfloat16" if {"avx512_bf16", "amx_bf16"} & set(text.split()) else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{bfloat16}"
 
 
 def resident(field: str) -> float:
