@@ -328,6 +328,7 @@ def _polynomials():
         return ops.to_dtype_bitcast(bits, torch.float32, torch.int32)
 
     def sigmoid(x):
+        x = ops.where(ops.gt(x, number(-87.0)), x, number(-87.0))  # exp2's bits end at 2^127
         return ops.truediv(number(1.0), ops.add(number(1.0), exp2(ops.mul(x, number(-1.44269504)))))
 
     def softplus(x):
