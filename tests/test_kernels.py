@@ -513,3 +513,16 @@ def test_the_conv_wrappers_write_only_what_upstream_writes():
     assert (out == 0).all()
     _, final = causal_conv1d_fn(x, weight, return_final_states=True, final_states_out=out)
     assert final is out and torch.equal(out, x[..., -3:])
+
+
+def test_native_gates_hold_far_from_zero(monkeypatch):
+    """exp2 of the native code works on a float's bits, which end at 2^127."""
+    monkeypatch.setattr(kernels, "COMPILE", True)
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
+    gen = torch.Generator().manual_seed(0)
+    u, delta = torch.randn(2, 2, 64, 128, generator=gen)
+    A, (B, C) = -torch.rand(128, 16, generator=gen), torch.randn(2, 2, 64, 16, generator=gen)
+    z = torch.linspace(-300, 300, u.numel()).view(u.shape)
+    y = kernels.selective_scan(u, delta, A, B, C, None, z, None, True)
+    exact = kernels.selective_scan_oracle(*(x.double() for x in (u, delta, A, B, C)), None, z.double(), None, True)
+    assert (y - exact).norm() <= 2e-6 * exact.norm()
