@@ -16,6 +16,7 @@ Letters, in shapes and in code:
 
 import contextlib
 import functools
+import inspect
 import math
 import os
 import warnings
@@ -303,8 +304,7 @@ def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
 
 @contextlib.contextmanager
 def _polynomials():
-    """Within, Inductor makes polynomials of exp2, sigmoid and softplus, where calls would cost the most. Its cache does
-    not know: who changes one adds 1 to max_fusion_size in _compiled, which is part of the cache's key."""
+    """Within, Inductor makes polynomials of exp2, sigmoid and softplus, where calls would cost the most."""
     from torch._inductor.lowering import lowerings, make_pointwise
     from torch._inductor.virtualized import ops
 
@@ -465,7 +465,7 @@ def _compiled(function, letters, n, **options):
         return function(*tensors, **options) or ()
 
     settings = {
-        "cpp.enable_floating_point_contract_flag": "fast", "max_pointwise_cat_inputs": 0, "max_fusion_size": 100001,
+        "cpp.enable_floating_point_contract_flag": "fast", "max_pointwise_cat_inputs": 0, "max_fusion_size": 100000,
         "cpp.max_horizontal_fusion_size": 100000, "cpp.dynamic_threads": True,
         "cpp.vec_isa_ok": True,  # the CPU's flags say so; to compile a test of them takes seconds
         "cpp.enable_loop_tail_vec": "bdn" in letters and n % 16 > 0,  # one of no iterations makes the code slower
@@ -474,10 +474,12 @@ def _compiled(function, letters, n, **options):
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.decomposition import select_decomp_table
+        from torch.compiler import config as compiler
         from torch.fx.experimental.proxy_tensor import make_fx
 
         table = {op: f for op, f in select_decomp_table().items() if op is not torch.ops.aten.softplus.default}
-        with config.patch(settings), _polynomials(), torch.no_grad():
+        tag = compiler.patch(cache_key_tag=inspect.getsource(_polynomials))  # Inductor's cache sees the graph alone
+        with config.patch(settings), tag, _polynomials(), torch.no_grad():
             graph = make_fx(traced, table, "symbolic")(*(_example(x, n) for x in letters.split()))
             graph.shape_env = None  # Inductor finds it in the inputs, and could not hash it for its cache
             fake = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
