@@ -304,7 +304,7 @@ def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
 
 @contextlib.contextmanager
 def _polynomials():
-    """Within, Inductor makes polynomials of exp2, sigmoid and softplus, where calls would cost the most."""
+    """Within, Inductor makes polynomials of 0.5 ** m, sigmoid and softplus, where calls would cost the most."""
     from torch._inductor.lowering import lowerings, make_pointwise
     from torch._inductor.virtualized import ops
 
@@ -317,30 +317,43 @@ def _polynomials():
             y = ops.add(ops.mul(y, x), number(coefficient))
         return y
 
-    def exp2(x):
-        """To 1 ulp or so: 2^round(x) goes into the exponent's bits, a polynomial gives the rest. 2^-126 below that."""
-        x = ops.where(ops.gt(x, number(-126.0)), x, number(-126.0))
-        r = ops.add(x, number(12582912.0))  # 1.5 2^23: round(x) is in the last bits now
-        f = ops.sub(x, ops.sub(r, number(12582912.0)))  # -0.5 .. 0.5
-        y = polynomial(f, 1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504108e-2, 2.4022650e-1, 6.9314718e-1, 1.0)
-        bits, power = (ops.to_dtype_bitcast(value, torch.int32, torch.float32) for value in (y, r))
-        bits = ops.add(bits, ops.bitwise_left_shift(power, ops.constant(23, torch.int32)))
-        return ops.to_dtype_bitcast(bits, torch.float32, torch.int32)
+    def bits(x):
+        return ops.to_dtype_bitcast(x, torch.int32, torch.float32)
+
+    def from_bits(i):
+        return ops.to_dtype_bitcast(i, torch.float32, torch.int32)
+
+    def halve(m):
+        """2^-m for m > -128, relative error below 1.7e-7: 2^-round(m) goes into the exponent's bits, a polynomial gives
+        the rest. It stays at 2^-126 where m > 126: the bits of floats, read as integers, are in the floats' order where
+        those are positive and below all of them where not, so that one minimum of integers does it."""
+        m = from_bits(ops.minimum(bits(m), ops.constant(0x42FC0000, torch.int32)))  # the bits of 126.0
+        r = ops.sub(number(12582912.0), m)  # 1.5 2^23: -round(m) is in the last bits now
+        f = ops.sub(ops.sub(number(12582912.0), r), m)  # round(m) - m, -0.5 .. 0.5
+        y = polynomial(f, 1.32647271e-3, 9.67151286e-3, 5.55073375e-2, 2.40222421e-1, 6.93146978e-1, 1.0)
+        return from_bits(ops.add(bits(y), ops.bitwise_left_shift(bits(r), ops.constant(23, torch.int32))))
+
+    def exp_minus_abs(x):
+        return halve(ops.mul(ops.abs(x), number(1.44269504)))
 
     def sigmoid(x):
-        x = ops.where(ops.gt(x, number(-87.0)), x, number(-87.0))  # exp2's bits end at 2^127
-        return ops.truediv(number(1.0), ops.add(number(1.0), exp2(ops.mul(x, number(-1.44269504)))))
+        w = exp_minus_abs(x)
+        return ops.truediv(ops.where(ops.gt(x, number(0.0)), number(1.0), w), ops.add(number(1.0), w))
 
     def softplus(x):
         """max(x, 0) + log(1 + w), w = exp(-|x|), by a polynomial fitted to log(1 + w) / w on 0 .. 1; x above 20."""
-        w = exp2(ops.mul(ops.abs(x), number(-1.44269504)))
+        w = exp_minus_abs(x)
         y = polynomial(w, 0.00512610214, -0.0290740647, 0.0775160868, -0.136022476, 0.190768807, -0.24835399,
                        0.333181217, -0.49999445, 0.999999966)
         return ops.where(ops.gt(x, number(20.0)), x, ops.add(ops.relu(x), ops.mul(y, w)))
 
+    def power(base, x):
+        assert base == 0.5
+        return make_pointwise(halve)(x)
+
     aten, usual = torch.ops.aten, dict(lowerings)
-    lowerings.update({op: make_pointwise(f) for op, f in ((aten.exp2.default, exp2), (aten.sigmoid.default, sigmoid),
-                                                          (aten.softplus.default, softplus))})
+    lowerings.update({aten.pow.Scalar: power, aten.sigmoid.default: make_pointwise(sigmoid),
+                      aten.softplus.default: make_pointwise(softplus)})
     try:
         yield
     finally:
@@ -353,14 +366,14 @@ def _keep(x):
     return x.as_strided(x.shape, x.stride())
 
 
-def _chunk_fwd(u, delta, z, B, C, A2, D, bias, h, y, out, h_out, reset=None, *, softplus, gated):
-    """One chunk of the scan, from the state h (b, d, n) to h_out; A2 is A log2(e). Parameters come once a row. With a
-    gate `out` is y before it."""
+def _chunk_fwd(u, delta, z, B, C, halvings, D, bias, h, y, out, h_out, reset=None, *, softplus, gated):
+    """One chunk of the scan, from the state h (b, d, n) to h_out; halvings are -A log2(e), so that
+    0.5 ** (dt halvings) = exp(dt A). Parameters come once a row. With a gate `out` is y before it."""
     raw = delta + bias[:, None]
     dt = _keep(F.softplus(raw) if softplus else raw)
     v = _keep(dt * u)
     ys = []
-    for t, a_t in enumerate(torch.exp2(dt[..., None] * A2[:, None]).unbind(1)):  # (4)
+    for t, a_t in enumerate((0.5 ** (dt[..., None] * halvings[:, None])).unbind(1)):  # (4)
         h = h if reset is None else h.masked_fill(reset[:, t, None, None], 0)
         h = a_t * h + v[:, t, :, None] * B[:, t, None]  # (2a)
         ys.append((h * C[:, t, None]).sum(-1))  # (2b)
@@ -371,8 +384,8 @@ def _chunk_fwd(u, delta, z, B, C, A2, D, bias, h, y, out, h_out, reset=None, *, 
     h_out.copy_(h)
 
 
-def _chunk_bwd(dy, u, delta, z, out, B, C, A, A2, D, bias, h, g, dA, dD, dbias, du, ddelta, dz, dB, dC, g_out, dA_out,
-               dD_out, dbias_out, reset=None, *, softplus, gated):
+def _chunk_bwd(dy, u, delta, z, out, B, C, A, halvings, D, bias, h, g, dA, dD, dbias, du, ddelta, dz, dB, dC, g_out,
+               dA_out, dD_out, dbias_out, reset=None, *, softplus, gated):
     """The gradients of one chunk, by the formulas of _scan_bwd_eager. h is the state before it, out what _chunk_fwd
     gave, g (b, d, n) the gradient of the state after it; dA (b, d, n), dD and dbias (b, d) are sums so far."""
     raw = delta + bias[:, None]
@@ -383,7 +396,7 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, A2, D, bias, h, g, dA, dD, dbias, 
         s = torch.sigmoid(z)
         w = _keep(dy * z * s)
         dz.copy_(dy * out * s * (1 + z * (1 - s)))
-    a = torch.exp2(dt[..., None] * A2[:, None]).unbind(1)
+    a = (0.5 ** (dt[..., None] * halvings[:, None])).unbind(1)
     before, after = [], []  # the states on both sides of each position
     for t, a_t in enumerate(a):
         before.append(h if reset is None else h.masked_fill(reset[:, t, None, None], 0))
@@ -541,7 +554,7 @@ def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus
     saved = last.new_empty(_saved_size(b, l, d, n, gated, save))
     states, ungated = _saved_parts(saved, b, l, d, n)
     u_, delta, z, y_ = (_rows_d(u if x is None else x, g) for x in (u, delta, z, y))
-    A2, D, bias = (_rows_of(x, u, g) for x in (A.float() / math.log(2), D, delta_bias))
+    halvings, D, bias = (_rows_of(x, u, g) for x in (A.float() / -math.log(2), D, delta_bias))
     chunks = _chunks(l, u_, delta, z, _rows_n(B, g), _rows_n(C, g), y_, reset)
     in_turn = last, torch.empty_like(last)
     states = [*states, last] if save else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)]
@@ -550,7 +563,7 @@ def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus
     outs = _rows_d(ungated, g).split(CHUNK, 1) if save and gated else [_rows_d(unread, g)] * len(chunks)
     states[0].copy_((last.zero_() if initial_state is None else initial_state).view_as(states[0]))
     for (*x, y_t, reset_t), out, h, h_out in zip(chunks, outs, states, states[1:]):
-        _run_chunk(native, _chunk_fwd, (*x, A2, D, bias, h, y_t, out[:, : y_t.shape[1]], h_out), reset_t,
+        _run_chunk(native, _chunk_fwd, (*x, halvings, D, bias, h, y_t, out[:, : y_t.shape[1]], h_out), reset_t,
                    softplus=delta_softplus, gated=gated)
     return y.to(u.dtype), last, saved
 
@@ -558,10 +571,10 @@ def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus
 def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
                      saved):
     (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
-    r, A2, new = b * g, A.float() / math.log(2), partial(torch.empty, dtype=torch.float32, device=u.device)
+    r, halvings, new = b * g, A.float() / -math.log(2), partial(torch.empty, dtype=torch.float32, device=u.device)
     du, ddelta, dz = (new(b, l, d) for _ in range(3))
     dBC = new(r, l, 2 * n)
-    A, A2, D, bias = (_rows_of(x, u, g) for x in (A, A2, D, delta_bias))
+    A, halvings, D, bias = (_rows_of(x, u, g) for x in (A, halvings, D, delta_bias))
     dy = torch.zeros_like(u) if dy is None else dy
     states, ungated = _saved_parts(saved, b, l, d, n)
     rows = [_rows_d(u if x is None else x, g)
@@ -572,7 +585,7 @@ def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, del
     if dlast is not None:
         sums[0].copy_(dlast.reshape(A.shape))
     for (*x, reset_t), h in reversed(list(zip(chunks, states.view(-1, r, d // g, n)))):
-        _run_chunk(native, _chunk_bwd, (*x[:7], A, A2, D, bias, h, *sums, *x[7:], *new_sums), reset_t,
+        _run_chunk(native, _chunk_bwd, (*x[:7], A, halvings, D, bias, h, *sums, *x[7:], *new_sums), reset_t,
                    softplus=delta_softplus, gated=gated)
         sums, new_sums = new_sums, sums
     dlast, dA, dD, dbias = (x.reshape(b, d, *x.shape[2:]) for x in sums)
