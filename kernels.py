@@ -36,6 +36,7 @@ CHUNK = 8  # positions between two kept states; the backward pass recomputes the
 TILE = 32768  # (b, n, d) elements a chunk works on at once, so that its temporaries stay in a core's cache
 COMPILE = True  # let calls on a CPU compile native code, from COMPILE_FROM state elements (b l d n) on
 COMPILE_FROM = 2**21
+VECTOR = 16  # channels that native code takes side by side
 CONV_WORK = 64  # state elements that one element of a convolution counts for
 
 
@@ -145,9 +146,9 @@ def _saved_size(b, l, d, n, gated, save):
 
 
 def _saved_parts(saved, b, l, d, n):
-    """What the backward pass needs: the state before each chunk (chunks, b, d, n), and y before the gate (b, l, d)"""
+    """What the backward pass needs: the state before each chunk (chunks, b, n, d), and y before the gate (b, l, d)"""
     states, ungated = saved.tensor_split([b * d * -(-l // CHUNK) * n])
-    return states.view(-1, b, d, n), ungated.view(b, -1, d)
+    return states.view(-1, b, n, d), ungated.view(b, -1, d)
 
 
 def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
@@ -167,7 +168,7 @@ def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
         for i in range(0, l, CHUNK):
             t = slice(i, i + CHUNK)
             if save:
-                states[i // CHUNK, rows, ch] = h.transpose(1, 2)
+                states[i // CHUNK, rows, :, ch] = h
             u_t, delta_t, z_t = (_part(x, f, rows, t, ch) for x in (u, delta, z))  # (T, b, d)
             B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
             a, x = a_all[: len(u_t)], x_all[: len(u_t)]
@@ -211,7 +212,7 @@ def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
             B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
             a, x, g = a_all[: len(u_t)], x_all[: len(u_t)], g_all[: len(u_t)]
             bias = None if delta_bias is None else delta_bias[ch]
-            h = states[i // CHUNK, rows, ch].transpose(1, 2).contiguous()
+            h = states[i // CHUNK, rows, :, ch]
             dt, raw = _states(u_t, delta_t, A2[:, ch], B_t, bias, delta_softplus, reset_t, h, a, x)
             dy_t = torch.zeros_like(u_t) if dy_t is None else dy_t
             if z is not None:
@@ -299,14 +300,26 @@ def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
 # ---------------------------------------------------------------- the same, compiled for the CPU at hand
 #
 # Each function below is written in torch, for one chunk or for one convolution, and runs as it stands or as the native
-# code that Inductor makes of it: one loop nest for all states of a channel, vectors along n, any batch, length and
-# width. A chunk's outputs are views, its last arguments.
+# code that Inductor makes of it: vectors along channels, any batch, length and width. A chunk's outputs are views, its
+# last arguments.
 
 @contextlib.contextmanager
-def _polynomials():
-    """Within, Inductor makes polynomials of 0.5 ** m, sigmoid and softplus, where calls would cost the most."""
+def _code_rules():
+    """Within, Inductor makes polynomials of 0.5 ** m, sigmoid and softplus, where calls would cost the most, and puts
+    the sums of equal loops into one loop nest before anything else, although no two of them read the same."""
+    from torch._inductor.choices import InductorChoices
     from torch._inductor.lowering import lowerings, make_pointwise
-    from torch._inductor.virtualized import ops
+    from torch._inductor.virtualized import V, ops
+
+    class SumsTogether(InductorChoices):
+        @staticmethod
+        def can_fuse(scheduler, node1, node2, shared_data_score):
+            return InductorChoices.can_fuse(scheduler, node1, node2, max(1, shared_data_score))
+
+        @staticmethod
+        def score_fusion(scheduler, node1, node2):
+            sums = node1.is_reduction() and node2.is_reduction()
+            return sums, InductorChoices.score_fusion(scheduler, node1, node2)
 
     def number(value):
         return ops.constant(value, torch.float32)
@@ -355,7 +368,8 @@ def _polynomials():
     lowerings.update({aten.pow.Scalar: power, aten.sigmoid.default: make_pointwise(sigmoid),
                       aten.softplus.default: make_pointwise(softplus)})
     try:
-        yield
+        with V.set_choices_handler(SumsTogether()):
+            yield
     finally:
         lowerings.clear()
         lowerings.update(usual)
@@ -366,28 +380,56 @@ def _keep(x):
     return x.as_strided(x.shape, x.stride())
 
 
+def _chunk_states(a, x, h, reset):
+    """The states before and after each position of h_t = a_t h_(t-1) + x_t, from h. a and x: a tensor a position."""
+    before, after = [], []
+    for t, (a_t, x_t) in enumerate(zip(a, x)):
+        before.append(h if reset is None else h.masked_fill(reset[:, t, None, None], 0))
+        h = _keep(a_t * before[t] + x_t)  # (2a)
+        after.append(h)
+    return before, after
+
+
+def _chunk_grads(a, x, g, reset):
+    """The gradients g_t = x_t + a_(t+1) g_(t+1) of the states, and that of the state before, from a_(T) g_(T) = g."""
+    gs = [None] * len(a)
+    for t in reversed(range(len(a))):
+        gs[t] = _keep(g + x[t])
+        g = a[t] * gs[t]
+        g = g if reset is None else g.masked_fill(reset[:, t, None, None], 0)
+    return gs, g
+
+
+def _flat(*xs):
+    """(.., blocks, VECTOR) -> (.., d): no loop over d has a remainder then"""
+    return [x.flatten(-2) for x in xs]
+
+
 def _chunk_fwd(u, delta, z, B, C, halvings, D, bias, h, y, out, h_out, reset=None, *, softplus, gated):
-    """One chunk of the scan, from the state h (b, d, n) to h_out; halvings are -A log2(e), so that
+    """One chunk of the scan, from the state h (b, n, d) to h_out; halvings (n, d) are -A log2(e), so that
     0.5 ** (dt halvings) = exp(dt A). Parameters come once a row. With a gate `out` is y before it."""
+    u, delta, z, halvings, D, bias, h, y, out, h_out = _flat(u, delta, z, halvings, D, bias, h, y, out, h_out)
+    halvings, h, h_out = (x.transpose(1, 2) for x in (halvings, h, h_out))  # (b, d, n): the loop over n is innermost
     raw = delta + bias[:, None]
     dt = _keep(F.softplus(raw) if softplus else raw)
     v = _keep(dt * u)
-    ys = []
-    for t, a_t in enumerate((0.5 ** (dt[..., None] * halvings[:, None])).unbind(1)):  # (4)
-        h = h if reset is None else h.masked_fill(reset[:, t, None, None], 0)
-        h = a_t * h + v[:, t, :, None] * B[:, t, None]  # (2a)
-        ys.append((h * C[:, t, None]).sum(-1))  # (2b)
-    x = torch.stack(ys, 1) + D[:, None] * u
+    a = (0.5 ** (dt[..., None] * halvings[:, None])).unbind(1)  # (4)
+    _, states = _chunk_states(a, [v[:, t, :, None] * B[:, t, None] for t in range(len(a))], h, reset)
+    x = torch.stack([(h_t * C[:, t, None]).sum(-1) for t, h_t in enumerate(states)], 1)  # (2b)
+    x = x + D[:, None] * u
     if gated:
         out.copy_(x)
     y.copy_(x * z * torch.sigmoid(z) if gated else x)
-    h_out.copy_(h)
+    h_out.copy_(states[-1])
 
 
 def _chunk_bwd(dy, u, delta, z, out, B, C, A, halvings, D, bias, h, g, dA, dD, dbias, du, ddelta, dz, dB, dC, g_out,
                dA_out, dD_out, dbias_out, reset=None, *, softplus, gated):
     """The gradients of one chunk, by the formulas of _scan_bwd_eager. h is the state before it, out what _chunk_fwd
-    gave, g (b, d, n) the gradient of the state after it; dA (b, d, n), dD and dbias (b, d) are sums so far."""
+    gave, g (b, n, d) the gradient of the state after it; dA (b, n, d), dD and dbias (b, d) are sums so far."""
+    dy, u, delta, z, out, du, ddelta, dz = _flat(dy, u, delta, z, out, du, ddelta, dz)
+    A, halvings, h, g, dA, g_out, dA_out = _flat(A, halvings, h, g, dA, g_out, dA_out)
+    D, bias, dD, dbias, dD_out, dbias_out = _flat(D, bias, dD, dbias, dD_out, dbias_out)
     raw = delta + bias[:, None]
     dt = _keep(F.softplus(raw) if softplus else raw)
     v = _keep(dt * u)
@@ -396,36 +438,34 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, halvings, D, bias, h, g, dA, dD, d
         s = torch.sigmoid(z)
         w = _keep(dy * z * s)
         dz.copy_(dy * out * s * (1 + z * (1 - s)))
-    a = (0.5 ** (dt[..., None] * halvings[:, None])).unbind(1)
-    before, after = [], []  # the states on both sides of each position
-    for t, a_t in enumerate(a):
-        before.append(h if reset is None else h.masked_fill(reset[:, t, None, None], 0))
-        h = a_t * before[t] + v[:, t, :, None] * B[:, t, None]
-        after.append(h)
-    gs, gB, xA = ([None] * len(a) for _ in range(3))
-    for t in reversed(range(len(a))):
-        gs[t] = g + w[:, t, :, None] * C[:, t, None]
-        gB[t] = (gs[t] * B[:, t, None]).sum(-1)
-        g = a[t] * gs[t]
-        x = gs[t] * (a[t] * before[t])  # that product is there: g * before would wait for g
-        g = g if reset is None else g.masked_fill(reset[:, t, None, None], 0)
-        xA[t] = (x * A).sum(-1)
-        dA = dA + x * dt[:, t, :, None]
-    dC.copy_(torch.stack([(h_t * w[:, t, :, None]).sum(1) for t, h_t in enumerate(after)], 1))
-    dB.copy_(torch.stack([(g_t * v[:, t, :, None]).sum(1) for t, g_t in enumerate(gs)], 1))
-    gB = torch.stack(gB, 1)
-    dx = gB * u + torch.stack(xA, 1)
+    # dB and dC are sums over d: loops over d, innermost
+    a = (0.5 ** (dt[:, :, None] * halvings[:, None])).unbind(1)  # (b, n, d)
+    steps = range(len(a))
+    _, states = _chunk_states(a, [v[:, t, None] * B[:, t, :, None] for t in steps], h, reset)
+    grads, _ = _chunk_grads(a, [w[:, t, None] * C[:, t, :, None] for t in steps], g, reset)
+    dC.copy_(torch.stack([(states[t] * w[:, t, None]).sum(-1) for t in steps], 1))
+    dB.copy_(torch.stack([(grads[t] * v[:, t, None]).sum(-1) for t in steps], 1))
+    # The others are sums over n: loops over n, innermost, so all of it once more. To keep the states of a chunk from
+    # one loop to the other would cost more: they do not fit into a cache.
+    A, halvings, h, g, dA, g_out, dA_out = (x.transpose(1, 2) for x in (A, halvings, h, g, dA, g_out, dA_out))
+    a = (0.5 ** (dt[..., None] * halvings[:, None])).unbind(1)  # (b, d, n)
+    before, _ = _chunk_states(a, [v[:, t, :, None] * B[:, t, None] for t in steps], h, reset)
+    grads, g = _chunk_grads(a, [w[:, t, :, None] * C[:, t, None] for t in steps], g, reset)
+    gB = torch.stack([(grads[t] * B[:, t, None]).sum(-1) for t in steps], 1)
+    xs = [grads[t] * (a[t] * before[t]) for t in steps]
+    dx = gB * u + torch.stack([(x * A).sum(-1) for x in xs], 1)
     dx = _keep(dx * torch.where(raw > 20, 1.0, torch.sigmoid(raw)) if softplus else dx)
     du.copy_(gB * dt + D[:, None] * w)
     ddelta.copy_(dx)
     g_out.copy_(g)
-    dA_out.copy_(dA)
+    dA_out.copy_(sum((x * dt[:, t, :, None] for t, x in enumerate(xs)), dA))
     dD_out.copy_(dD + (w * u).sum(1))
     dbias_out.copy_(dbias + dx.sum(1))
 
 
-CHUNK_FWD = _chunk_fwd, "bTd bTd bTd bTn bTn rdn rd rd bdn bTd btd bdn"
-CHUNK_BWD = _chunk_bwd, "bTd bTd bTd bTd bTd bTn bTn rdn rdn rd rd bdn bdn bdn sd sd bTd bTd bTd btn btn bdn bdn sd sd"
+CHUNK_FWD = _chunk_fwd, "bTcv bTcv bTcv bTn bTn rncv rcv rcv sncv bTcv btcv sncv"
+CHUNK_BWD = _chunk_bwd, ("bTcv bTcv bTcv bTcv bTcv bTn bTn rncv rncv rcv rcv sncv sncv sncv scv scv "
+                         "bTcv bTcv bTcv btn btn sncv sncv scv scv")
 
 
 def _taps_fwd(rows, weight, bias, *, silu):
@@ -456,32 +496,36 @@ TAPS_BWD = _taps_bwd, "bld bLd nd d"
 def _example(shape, n):
     """A tensor to trace with. No two lengths or strides of any are equal without need, for Inductor would take the two
     for one, whatever comes later."""
-    sizes = dict(b=n + 9, r=n + 9, s=n + 9, d=n + 40, l=n + 70, n=n, L=2 * n + 69, T=CHUNK, t=CHUNK)
-    gaps = dict(T=1009, t=5003, r=2003, s=3001)
+    b, c = n + VECTOR + 1, n + 40
+    sizes = dict(b=b, r=b, s=b, c=c, d=c, v=VECTOR, l=n + 70, n=n, L=2 * n + 69, T=CHUNK, t=CHUNK)
+    gaps = dict(T=11, t=53, r=23, s=31)
     size = [sizes[letter] for letter in shape]
-    if shape[1:2] in ("T", "t"):  # a part of something longer
-        return torch.empty(size[0], 64, size[2] + gaps[shape[1]])[:, :CHUNK, : size[2]]
-    width = math.prod(size[1:])
-    return torch.empty(size[0], width + gaps.get(shape[0], 0))[:, :width].reshape(size)
+    gap = len(shape) * (gaps.get(shape[1:2]) or gaps.get(shape[0], 0))
+    around = (0, gap) if shape[1:2] == "c" else (0, 64, gap)  # what the tensor is a part of is longer by that much
+    whole = [length + more * (gap > 0) for length, more in zip(size, (*around, 0, 0))]
+    return torch.empty(whole)[tuple(map(slice, size))]
 
 
 @functools.cache
 def _compiled(function, letters, n, **options):
-    """`function` as native code for float32 tensors of these shapes: T and t = CHUNK, n (of a convolution: W) as given,
-    L = l + n - 1, b, l and d any. r and s are b; T, t, r and s each have a distance between rows of their own, which
-    may be any. None where that fails, for want of a C++ compiler. Takes some seconds the first time on a machine, and
-    two from Inductor's cache."""
+    """`function` as native code for float32 tensors of these shapes: T and t = CHUNK, v = VECTOR, n (of a convolution:
+    W) as given, L = l + n - 1, b, c, d and l any. r and s are b; T, t, r and s each have distances between rows of
+    their own, which may be any. None where that fails, for want of a C++ compiler. Takes some seconds the first time
+    on a machine, and two from Inductor's cache."""
     def traced(*tensors):
         for x, shape in zip(tensors, letters.split()):
-            if "n" in shape:
-                int(x.shape[shape.index("n")])  # fixes n
+            for letter in "nv":
+                if letter in shape:
+                    int(x.shape[shape.index(letter)])  # fixes it
         return function(*tensors, **options) or ()
 
     settings = {
         "cpp.enable_floating_point_contract_flag": "fast", "max_pointwise_cat_inputs": 0, "max_fusion_size": 100000,
         "cpp.max_horizontal_fusion_size": 100000, "cpp.dynamic_threads": True,
         "cpp.vec_isa_ok": True,  # the CPU's flags say so; to compile a test of them takes seconds
-        "cpp.enable_loop_tail_vec": "bdn" in letters and n % 16 > 0,  # one of no iterations makes the code slower
+        "cpp.enable_loop_tail_vec": False,  # one of no iterations makes the code slower
+        "pick_loop_orders": False,  # they are as written
+        "aggressive_fusion": True, "score_fusion_memory_threshold": 0,  # for SumsTogether
     }
     try:
         from torch._inductor import config
@@ -491,8 +535,8 @@ def _compiled(function, letters, n, **options):
         from torch.fx.experimental.proxy_tensor import make_fx
 
         table = {op: f for op, f in select_decomp_table().items() if op is not torch.ops.aten.softplus.default}
-        tag = compiler.patch(cache_key_tag=inspect.getsource(_polynomials))  # Inductor's cache sees the graph alone
-        with config.patch(settings), tag, _polynomials(), torch.no_grad():
+        tag = compiler.patch(cache_key_tag=inspect.getsource(_code_rules))  # Inductor's cache sees the graph alone
+        with config.patch(settings), tag, _code_rules(), torch.no_grad():
             graph = make_fx(traced, table, "symbolic")(*(_example(x, n) for x in letters.split()))
             graph.shape_env = None  # Inductor finds it in the inputs, and could not hash it for its cache
             fake = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -525,16 +569,17 @@ def _run_chunk(native, function, tensors, reset, **options):
 
 
 # The chunk functions take r = b g rows of d/g channels each, which threads share: a batch of one is cut into g groups
-# of channels, one a thread but 32 channels at least, otherwise g = 1. Rows are views of whole tensors in float32.
+# of channels, one a thread but 32 channels at least, otherwise g = 1. Rows are views of whole tensors in float32, their
+# channels in c blocks of VECTOR.
 
 def _groups(b, d):
     most = min(torch.get_num_threads(), d // 32) if b == 1 else 1
-    return next((g for g in range(most, 1, -1) if d % g == 0), 1)
+    return next((g for g in range(most, 1, -1) if d % (g * VECTOR) == 0), 1)
 
 
 def _rows_d(x, g):
-    """(b, l, d) -> (r, l, d/g)"""
-    return x.float().contiguous().unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1)
+    """(.., b, l, d) -> (.., r, l, c, VECTOR), and so for states (.., b, n, d)"""
+    return x.float().contiguous().unflatten(-1, (g, -1, VECTOR)).transpose(-4, -3).flatten(-5, -4)
 
 
 def _rows_n(x, g):
@@ -543,67 +588,100 @@ def _rows_n(x, g):
 
 
 def _rows_of(x, u, g):
-    """A parameter (d, ..) -> (r, d/g, ..), one for all b; zeros for an absent one"""
-    x = u.new_zeros(u.shape[2], dtype=torch.float32) if x is None else x.float()
-    return x.contiguous().unflatten(0, (g, -1)).expand(len(u), g, -1, *x.shape[1:]).flatten(0, 1)
+    """A parameter (d,) or (n, d) -> (r, c, VECTOR) or (r, n, c, VECTOR), one for all b; zeros for an absent one"""
+    x = u.new_zeros(u.shape[2], dtype=torch.float32) if x is None else x.float().contiguous()
+    x = x.unflatten(-1, (g, -1, VECTOR)).movedim(-3, 0)  # (g, .., c, VECTOR)
+    return x.expand(len(u), *x.shape).flatten(0, 1)
 
 
 def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
-    y, last = (torch.empty(size, dtype=torch.float32, device=u.device) for size in ((b, l, d), (b, d, n)))
-    saved = last.new_empty(_saved_size(b, l, d, n, gated, save))
+    new = partial(torch.empty, dtype=torch.float32, device=u.device)
+    y, last = new(b, l, d), new(b, n, d)
+    saved = new(_saved_size(b, l, d, n, gated, save))
     states, ungated = _saved_parts(saved, b, l, d, n)
     u_, delta, z, y_ = (_rows_d(u if x is None else x, g) for x in (u, delta, z, y))
-    halvings, D, bias = (_rows_of(x, u, g) for x in (A.float() / -math.log(2), D, delta_bias))
+    halvings, D, bias = (_rows_of(x, u, g) for x in (A.t().float() / -math.log(2), D, delta_bias))
     chunks = _chunks(l, u_, delta, z, _rows_n(B, g), _rows_n(C, g), y_, reset)
-    in_turn = last, torch.empty_like(last)
-    states = [*states, last] if save else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)]
-    states = [h.view(b * g, -1, n) for h in states]
-    unread = last.new_empty(b, CHUNK, d)
+    in_turn = [_rows_d(h, g) for h in (last, torch.empty_like(last))]
+    states = ([*_rows_d(states, g).unbind(0), in_turn[0]] if save
+              else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)])
+    states[0].copy_(states[0].zero_() if initial_state is None else _rows_d(initial_state.transpose(1, 2), g))
+    unread = new(b, CHUNK, d)
     outs = _rows_d(ungated, g).split(CHUNK, 1) if save and gated else [_rows_d(unread, g)] * len(chunks)
-    states[0].copy_((last.zero_() if initial_state is None else initial_state).view_as(states[0]))
     for (*x, y_t, reset_t), out, h, h_out in zip(chunks, outs, states, states[1:]):
         _run_chunk(native, _chunk_fwd, (*x, halvings, D, bias, h, y_t, out[:, : y_t.shape[1]], h_out), reset_t,
                    softplus=delta_softplus, gated=gated)
-    return y.to(u.dtype), last, saved
+    return y.to(u.dtype), last.transpose(1, 2).contiguous(), saved
 
 
 def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
                      saved):
     (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
-    r, halvings, new = b * g, A.float() / -math.log(2), partial(torch.empty, dtype=torch.float32, device=u.device)
+    A, new = A.t().float(), partial(torch.empty, dtype=torch.float32, device=u.device)
     du, ddelta, dz = (new(b, l, d) for _ in range(3))
-    dBC = new(r, l, 2 * n)
-    A, halvings, D, bias = (_rows_of(x, u, g) for x in (A, halvings, D, delta_bias))
+    dBC = new(b * g, l, 2 * n)
+    A, halvings, D, bias = (_rows_of(x, u, g) for x in (A, A / -math.log(2), D, delta_bias))
     dy = torch.zeros_like(u) if dy is None else dy
     states, ungated = _saved_parts(saved, b, l, d, n)
     rows = [_rows_d(u if x is None else x, g)
             for x in (dy, u, delta, z, ungated if gated else None, du, ddelta, dz)]
     chunks = _chunks(l, *rows[:5], _rows_n(B, g), _rows_n(C, g), *rows[5:], *dBC.chunk(2, -1), reset)
-    sums, new_sums = ([*new(2, r, d // g, n).zero_(), *new(r, 2 * d // g).zero_().chunk(2, 1)]
-                      for _ in range(2))  # g, dA, dD, dbias
+    sums, new_sums = ([*new(2, b, n, d).zero_(), *new(2, b, 1, d).zero_()] for _ in range(2))  # g, dA, dD, dbias
     if dlast is not None:
-        sums[0].copy_(dlast.reshape(A.shape))
-    for (*x, reset_t), h in reversed(list(zip(chunks, states.view(-1, r, d // g, n)))):
-        _run_chunk(native, _chunk_bwd, (*x[:7], A, halvings, D, bias, h, *sums, *x[7:], *new_sums), reset_t,
+        sums[0].copy_(dlast.transpose(1, 2))
+    ins, outs = ([*(_rows_d(x, g) for x in xs[:2]), *(_rows_d(x, g)[:, 0] for x in xs[2:])] for xs in (sums, new_sums))
+    for (*x, reset_t), h in reversed(list(zip(chunks, _rows_d(states, g)))):
+        _run_chunk(native, _chunk_bwd, (*x[:7], A, halvings, D, bias, h, *ins, *x[7:], *outs), reset_t,
                    softplus=delta_softplus, gated=gated)
-        sums, new_sums = new_sums, sums
-    dlast, dA, dD, dbias = (x.reshape(b, d, *x.shape[2:]) for x in sums)
+        ins, outs = outs, ins
+    dlast, dA, dD, dbias = sums if len(chunks) % 2 == 0 else new_sums
     dB, dC = dBC.unflatten(0, (b, g)).sum(1).chunk(2, -1)
-    return du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0), dlast
+    return du, ddelta, dA.sum(0).t(), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), dlast.transpose(1, 2)
 
 
-def _scan_fwd_torch(u, delta, A, *rest):
-    z, delta_softplus = rest[3], rest[5]
-    native = _native(CHUNK_FWD, u, u.numel() * A.shape[1], A.shape[1], softplus=delta_softplus, gated=z is not None)
-    return _scan_fwd_native(native, u, delta, A, *rest) if native else _scan_fwd_eager(u, delta, A, *rest)
+def _scan_native(kernel, u, A, z, delta_softplus):
+    n = A.shape[1]
+    return _native(kernel, u, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
 
 
-def _scan_bwd_torch(dy, dlast, u, delta, A, *rest):
-    z, delta_softplus = rest[3], rest[5]
-    native = _native(CHUNK_BWD, u, u.numel() * A.shape[1], A.shape[1], softplus=delta_softplus, gated=z is not None)
-    args = dy, dlast, u, delta, A, *rest
-    return _scan_bwd_native(native, *args) if native else _scan_bwd_eager(*args)
+def _longer(more, *xs, dim=-1):
+    """xs with `more` zeros at the end of the dimension -1 or -2"""
+    return [None if x is None else F.pad(x, (0, 0) * (-1 - dim) + (0, more)) for x in xs]
+
+
+def _whole_vectors(more, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset):
+    """The arguments with `more` channels, all zero"""
+    u, delta, D, z, delta_bias = _longer(more, u, delta, D, z, delta_bias)
+    A, initial_state = _longer(more, A, initial_state, dim=-2)
+    return u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
+
+
+def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
+    args = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
+    native = _scan_native(CHUNK_FWD, u, A, z, delta_softplus)
+    if native is None:
+        return _scan_fwd_eager(*args, save)
+    (b, l, d), n, more = u.shape, A.shape[1], -u.shape[2] % VECTOR
+    if more == 0:
+        return _scan_fwd_native(native, *args, save)
+    y, last, saved = _scan_fwd_native(native, *_whole_vectors(more, *args), save)
+    saved = torch.cat([x[..., :d].flatten() for x in _saved_parts(saved, b, l, d + more, n)])
+    return y[..., :d].contiguous(), last[:, :d].contiguous(), saved
+
+
+def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
+    args = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
+    native = _scan_native(CHUNK_BWD, u, A, z, delta_softplus)
+    if native is None:
+        return _scan_bwd_eager(dy, dlast, *args, saved)
+    (b, l, d), n, more = u.shape, A.shape[1], -u.shape[2] % VECTOR
+    if more == 0:
+        return _scan_bwd_native(native, dy, dlast, *args, saved)
+    saved = torch.cat([x.flatten() for x in _longer(more, *_saved_parts(saved, b, l, d, n))])
+    douts = *_longer(more, dy), *_longer(more, dlast, dim=-2)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dh = _scan_bwd_native(native, *douts, *_whole_vectors(more, *args), saved)
+    return du[..., :d], ddelta[..., :d], dA[:d], dB, dC, dD[:d], dz[..., :d], dbias[:d], dh[:, :d]
 
 
 def _conv_native(kernel, x, weight, silu, reset, dilation):

@@ -12,7 +12,7 @@ the convolution bias, silu and both states. float32, all in one run, so that rat
            state elements on 2 rows of the batch and 64 channels
   least    bytes: each pass reads its inputs and writes its outputs once, at the rate of a 256 MB copy.
            exp: torch.exp at its rate in cache, n + 2 a position and channel (decays, softplus, gate) and as many again
-           in the backward pass. The compiled form has an exp2 of its own and may be faster.
+           in the backward pass. The compiled form has powers of its own and may be faster.
 mamba.py: mambapy's pscan, the initial state folded into the first step. transformers: the sequential scan of its Mamba,
 which takes no initial state. oracle: kernels.selective_scan_oracle.
 """

@@ -90,7 +90,7 @@ def assert_as_near_as_the_oracle(function, oracle, inputs, options, tolerance):
         results.append([*outputs, *grads(outputs, x)])
     for i, (a, b, c) in enumerate(zip(*results, strict=True)):
         assert a.shape == c.shape and a.dtype == b.dtype
-        factor = 3 if c.numel() >= 8 else 10  # a few numbers may be near by luck
+        factor = 3 if c.numel() >= 8 else 20  # a few numbers may be near by luck
         assert error(a, c) <= max(tolerance, factor * error(b, c)), (i, error(a, c), error(b, c))
 
 
@@ -219,7 +219,7 @@ def test_native_code_equals_oracle(native, b, l, d, at, dtype, seed, absent):
 
 @pytest.mark.parametrize("name", ["z", "delta"])
 def test_native_code_holds_far_from_zero(native, name):
-    """Its exp2 works on a float's bits, which end at 2^127: gates and steps of any size, and their gradients."""
+    """Its powers of 2 work on a float's bits, which end at 2^127: gates and steps of any size, and their gradients."""
     x = scan_inputs(2, 16, 16, 16, (), torch.float32)
     x[name] = torch.linspace(-300, 300, 2 * 16 * 16).view(2, 16, 16).requires_grad_()
     options = dict(delta_softplus=True, return_last_state=True)
@@ -246,11 +246,12 @@ def test_examples_have_no_number_twice(kernel):
         for shape in kernel[1].split():
             x = kernels._example(shape, n)
             numbers |= {"b" if letter in "rs" else letter: size for letter, size in zip(shape, x.shape)
-                        if letter not in "Tt"}
-            free = 2 if shape[1:2] in ("T", "t") else 1 if shape[0] in "rs" else 0
+                        if letter not in "Ttnv"}
+            free = 2 if shape[1:2] in ("T", "t") or len(shape) == 4 else 1 if shape[0] in "rs" else 0
             numbers |= {(shape, i): x.stride(i) for i in range(free)}
-            assert x.stride(-1) == 1
-        assert len(set(numbers.values())) == len(numbers), (n, numbers)
+            assert x.stride(-1) == 1 and (shape[-1] != "v" or x.stride(-2) == kernels.VECTOR)
+        fixed = {n, kernels.CHUNK, kernels.VECTOR}
+        assert len(set(numbers.values()) - fixed) == len(numbers), (n, numbers)
 
 
 @pytest.mark.slow
