@@ -414,8 +414,8 @@ def _chunk_fwd(u, delta, z, B, C, halvings, D, bias, h, y, out, h_out, reset=Non
     dt = _keep(F.softplus(raw) if softplus else raw)
     v = _keep(dt * u)
     a = (0.5 ** (dt[..., None] * halvings[:, None])).unbind(1)  # (4)
-    _, states = _chunk_states(a, [v[:, t, :, None] * B[:, t, None] for t in range(len(a))], h, reset)
-    x = torch.stack([(h_t * C[:, t, None]).sum(-1) for t, h_t in enumerate(states)], 1)  # (2b)
+    _, states = _chunk_states(a, (v[..., None] * B[:, :, None]).unbind(1), h, reset)
+    x = torch.stack([(h_t * C_t).sum(-1) for h_t, C_t in zip(states, C[:, :, None].unbind(1))], 1)  # (2b)
     x = x + D[:, None] * u
     if gated:
         out.copy_(x)
@@ -439,26 +439,27 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, halvings, D, bias, h, g, dA, dD, d
         w = _keep(dy * z * s)
         dz.copy_(dy * out * s * (1 + z * (1 - s)))
     # dB and dC are sums over d: loops over d, innermost
-    a = (0.5 ** (dt[:, :, None] * halvings[:, None])).unbind(1)  # (b, n, d)
-    steps = range(len(a))
-    _, states = _chunk_states(a, [v[:, t, None] * B[:, t, :, None] for t in steps], h, reset)
-    grads, _ = _chunk_grads(a, [w[:, t, None] * C[:, t, :, None] for t in steps], g, reset)
-    dC.copy_(torch.stack([(states[t] * w[:, t, None]).sum(-1) for t in steps], 1))
-    dB.copy_(torch.stack([(grads[t] * v[:, t, None]).sum(-1) for t in steps], 1))
+    v_n, w_n, B_n, C_n = v[:, :, None], w[:, :, None], B[..., None], C[..., None]  # (b, T, n, d)
+    a = (0.5 ** (dt[:, :, None] * halvings[:, None])).unbind(1)
+    _, states = _chunk_states(a, (v_n * B_n).unbind(1), h, reset)
+    grads, _ = _chunk_grads(a, (w_n * C_n).unbind(1), g, reset)
+    dC.copy_(torch.stack([(h_t * w_t).sum(-1) for h_t, w_t in zip(states, w_n.unbind(1))], 1))
+    dB.copy_(torch.stack([(g_t * v_t).sum(-1) for g_t, v_t in zip(grads, v_n.unbind(1))], 1))
     # The others are sums over n: loops over n, innermost, so all of it once more. To keep the states of a chunk from
     # one loop to the other would cost more: they do not fit into a cache.
     A, halvings, h, g, dA, g_out, dA_out = (x.transpose(1, 2) for x in (A, halvings, h, g, dA, g_out, dA_out))
-    a = (0.5 ** (dt[..., None] * halvings[:, None])).unbind(1)  # (b, d, n)
-    before, _ = _chunk_states(a, [v[:, t, :, None] * B[:, t, None] for t in steps], h, reset)
-    grads, g = _chunk_grads(a, [w[:, t, :, None] * C[:, t, None] for t in steps], g, reset)
-    gB = torch.stack([(grads[t] * B[:, t, None]).sum(-1) for t in steps], 1)
-    xs = [grads[t] * (a[t] * before[t]) for t in steps]
+    dt_d, v_d, w_d, B_d, C_d = dt[..., None], v[..., None], w[..., None], B[:, :, None], C[:, :, None]  # (b, T, d, n)
+    a = (0.5 ** (dt_d * halvings[:, None])).unbind(1)
+    before, _ = _chunk_states(a, (v_d * B_d).unbind(1), h, reset)
+    grads, g = _chunk_grads(a, (w_d * C_d).unbind(1), g, reset)
+    gB = torch.stack([(g_t * B_t).sum(-1) for g_t, B_t in zip(grads, B_d.unbind(1))], 1)
+    xs = [g_t * (a_t * h_t) for g_t, a_t, h_t in zip(grads, a, before)]
     dx = gB * u + torch.stack([(x * A).sum(-1) for x in xs], 1)
     dx = _keep(dx * torch.where(raw > 20, 1.0, torch.sigmoid(raw)) if softplus else dx)
     du.copy_(gB * dt + D[:, None] * w)
     ddelta.copy_(dx)
     g_out.copy_(g)
-    dA_out.copy_(sum((x * dt[:, t, :, None] for t, x in enumerate(xs)), dA))
+    dA_out.copy_(sum((x * dt_t for x, dt_t in zip(xs, dt_d.unbind(1))), dA))
     dD_out.copy_(dD + (w * u).sum(1))
     dbias_out.copy_(dbias + dx.sum(1))
 
@@ -601,7 +602,7 @@ def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus
     saved = new(_saved_size(b, l, d, n, gated, save))
     states, ungated = _saved_parts(saved, b, l, d, n)
     u_, delta, z, y_ = (_rows_d(u if x is None else x, g) for x in (u, delta, z, y))
-    halvings, D, bias = (_rows_of(x, u, g) for x in (A.t().float() / -math.log(2), D, delta_bias))
+    halvings, D, bias = (_rows_of(x, u, g) for x in ((A.float() / -math.log(2)).t(), D, delta_bias))
     chunks = _chunks(l, u_, delta, z, _rows_n(B, g), _rows_n(C, g), y_, reset)
     in_turn = [_rows_d(h, g) for h in (last, torch.empty_like(last))]
     states = ([*_rows_d(states, g).unbind(0), in_turn[0]] if save
@@ -618,16 +619,18 @@ def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus
 def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
                      saved):
     (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
-    A, new = A.t().float(), partial(torch.empty, dtype=torch.float32, device=u.device)
+    A, new = A.t().float().contiguous(), partial(torch.empty, dtype=torch.float32, device=u.device)
     du, ddelta, dz = (new(b, l, d) for _ in range(3))
-    dBC = new(b * g, l, 2 * n)
+    dB, dC = (new(b * g, l, n) for _ in range(2))
     A, halvings, D, bias = (_rows_of(x, u, g) for x in (A, A / -math.log(2), D, delta_bias))
     dy = torch.zeros_like(u) if dy is None else dy
     states, ungated = _saved_parts(saved, b, l, d, n)
     rows = [_rows_d(u if x is None else x, g)
             for x in (dy, u, delta, z, ungated if gated else None, du, ddelta, dz)]
-    chunks = _chunks(l, *rows[:5], _rows_n(B, g), _rows_n(C, g), *rows[5:], *dBC.chunk(2, -1), reset)
-    sums, new_sums = ([*new(2, b, n, d).zero_(), *new(2, b, 1, d).zero_()] for _ in range(2))  # g, dA, dD, dbias
+    chunks = _chunks(l, *rows[:5], _rows_n(B, g), _rows_n(C, g), *rows[5:], dB, dC, reset)
+    sums, new_sums = ([new(b, rows, d) for rows in (n, n, 1, 1)] for _ in range(2))  # g, dA, dD, dbias
+    for x in sums:
+        x.zero_()
     if dlast is not None:
         sums[0].copy_(dlast.transpose(1, 2))
     ins, outs = ([*(_rows_d(x, g) for x in xs[:2]), *(_rows_d(x, g)[:, 0] for x in xs[2:])] for xs in (sums, new_sums))
@@ -636,7 +639,7 @@ def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, del
                    softplus=delta_softplus, gated=gated)
         ins, outs = outs, ins
     dlast, dA, dD, dbias = sums if len(chunks) % 2 == 0 else new_sums
-    dB, dC = dBC.unflatten(0, (b, g)).sum(1).chunk(2, -1)
+    dB, dC = (x.unflatten(0, (b, g)).sum(1) for x in (dB, dC))
     return du, ddelta, dA.sum(0).t(), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), dlast.transpose(1, 2)
 
 

@@ -3,6 +3,7 @@
 
 All in one run, the candidates taking turns, medians of repeats, so that ratios hold on any machine. A step is forward,
 backward, clipping and AdamW on random bytes, vocabulary 256, float32; every candidate has its model's own defaults.
+Where the CPU multiplies bfloat16, two candidates run once more, under autocast.
   tokens/s   of a training step
   ms/token   of decoding at batch 1 from a prompt of 16 tokens, the most likely token each time; the first and the last
              tenth of the tokens show whether it stays constant; compiled: as sample.py does for long samples
@@ -29,7 +30,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-from machine import cpu, resident
+from machine import cpu, multiplies_bfloat16, resident
 
 import kernels
 from model import GPT, GPTConfig
@@ -106,13 +107,14 @@ def ours(C, layers, kind, block_size, **keys):
 
 # ---------------------------------------------------------------- training steps
 
-def train_step(model, optimizer, idx, targets):
-    if isinstance(model, GPT):
-        _, loss, _ = model(idx, targets)
-    else:
-        out = model(idx)
-        logits = out.logits if hasattr(out, "logits") else out
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def train_step(model, optimizer, idx, targets, bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        if isinstance(model, GPT):
+            _, loss, _ = model(idx, targets)
+        else:
+            out = model(idx)
+            logits = out.logits if hasattr(out, "logits") else out
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -120,13 +122,13 @@ def train_step(model, optimizer, idx, targets):
     return loss.item()
 
 
-def steps(make, B, T, vocab=V):
+def steps(make, B, T, vocab=V, bfloat16=False):
     """A call that takes one training step."""
     torch.manual_seed(0)
     model = make().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=isinstance(model, GPT) or None)
     idx = torch.randint(vocab, (B, T + 1))
-    return partial(train_step, model, optimizer, idx[:, :-1], idx[:, 1:].contiguous())
+    return partial(train_step, model, optimizer, idx[:, :-1], idx[:, 1:].contiguous(), bfloat16)
 
 
 TRAINING = {
@@ -146,7 +148,10 @@ TRAINING = {
 def training(repeats):
     rows = []
     for label, (B, T, makers) in TRAINING.items():
-        calls, times = {name: steps(make, B, T) for name, make in makers.items()}, {name: [] for name in makers}
+        calls = {name: steps(make, B, T) for name, make in makers.items()}
+        if multiplies_bfloat16():
+            calls |= {f"{name}, bfloat16": steps(makers[name], B, T, bfloat16=True) for name in ("ours", "nanoGPT")}
+        times = {name: [] for name in calls}
         for call in calls.values():
             call()  # loads and compiles
         for _ in range(repeats):

@@ -6,14 +6,20 @@ from pathlib import Path
 import torch
 
 
+def _cpuinfo():
+    info = Path("/proc/cpuinfo")
+    return info.read_text() if info.is_file() else ""
+
+
+def multiplies_bfloat16() -> bool:
+    return bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo().split()))
+
+
 def cpu() -> str:
     """The CPU's name, as far as the system tells it, its vectors, and whether it multiplies bfloat16."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    name = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")),
+    name = next((line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")),
                 platform.processor() or "unknown CPU")
-    bfloat16 = " with bfloat16" if {"avx512_bf16", "amx_bf16"} & set(text.split()) else ""
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{bfloat16}"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{' with bfloat16' if multiplies_bfloat16() else ''}"
 
 
 def resident(field: str) -> float:
