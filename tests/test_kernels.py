@@ -211,6 +211,9 @@ def test_native_code_equals_oracle(native, b, l, d, at, dtype, seed, absent):
     x = scan_inputs(b, l, d, 16, absent, dtype, seed)
     options = dict(delta_softplus=True, reset=resets(b, l, at), return_last_state=True)
     assert_as_near_as_the_oracle(selective_scan, selective_scan_oracle, x, options, tolerance)
+    with torch.no_grad():  # keeps no states
+        unsaved = selective_scan(**x, **options)
+    assert all(map(torch.equal, unsaved, selective_scan(**x, **options)))
     x = conv_inputs(b, l, d, 4, 1, absent, dtype, seed)
     options = dict(activation="silu", reset=resets(b, l, at), return_final_state=True)
     assert_as_near_as_the_oracle(causal_conv1d, causal_conv1d_oracle, x, options, tolerance)
