@@ -267,10 +267,11 @@ def constant_rotary_table(*args):
 def rotate(x, cos, sin):
     """x (B, nh, S, hs), cos and sin (S, hs) -> x with its two halves rotated as pairs"""
     if torch.compiler.is_compiling():  # Inductor's vectors do not span the seam of a roll
-        swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    else:
-        swapped = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+        a, b = x.unflatten(-1, (2, -1)).unbind(-2)
+        half = cos.shape[-1] // 2
+        cos, sin = cos[:, :half], sin[:, half:]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -2).flatten(-2).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -312,7 +313,7 @@ class MultiHeadAttention(nn.Module):
             new_k, new_v = new_k.contiguous(), new_v.contiguous()  # or the state would hold on to all of k and v
 
         if self.rope:
-            table = rotary_table if torch.compiler.is_compiling() and T > 1 else constant_rotary_table
+            table = constant_rotary_table
             cos, sin = table(S, C // self.n_head, x.dtype, x.device)
             q, k = rotate(q, cos[S - T:], sin[S - T:]), rotate(k, cos, sin)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)

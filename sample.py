@@ -124,19 +124,27 @@ def prefill(model: GPT, idx):
     return logits, state
 
 
+@contextlib.contextmanager
+def quiet_compiler():
+    """Within, PyTorch keeps to itself what it has to say of its own machinery."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def compiled_step(model: GPT, token, state):
     """model as native code for decoding with a state like this one; model itself, and a warning, where that fails."""
     step = torch.compile(model, dynamic=False, fullgraph=True)
-    logging.disable(logging.WARNING)  # what PyTorch has to say of its own machinery is of no use here
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with quiet_compiler():
             step(token, state=state)
     except Exception as error:  # whatever a compiler can do wrong
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"warning: decoding could not be compiled, it goes on more slowly ({reason})", file=sys.stderr)
         return model
-    finally:
-        logging.disable(logging.NOTSET)
     return step
 
 

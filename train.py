@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -42,9 +43,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import kernels
-from model import GPT, GPTConfig, Probability, map_state
+from model import GPT, Block, GPTConfig, Probability, map_state
 from prepare import DataError, DataLoader, Tokenizer, eval_blocks, eval_lanes, load_corpus
-from sample import CHECKPOINT_FORMAT, SampleError, choose_device, generate, load_checkpoint
+from sample import CHECKPOINT_FORMAT, SampleError, choose_device, generate, load_checkpoint, quiet_compiler
 
 CONFIG_FILE = Path("current_configuration.json")
 SCHEMA_FILE = Path("current_configuration.schema.json")
@@ -111,7 +112,8 @@ class Settings(BaseModel):
     dataset: str = Field("dataset", description="folder of the training text")
     checkpoint_dir: str = Field("checkpoints", description="folder of checkpoints, metrics and plots")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 or mps")
-    compile: bool = Field(True, description="compile what pays: on GPUs the model, on CPUs scan and convolutions")
+    compile: bool | Literal["layers"] = Field(
+        True, description='compile: on GPUs the model, on CPUs scan and convolutions, "layers": whole layers too')
     seed: NonNegativeInt = Field(1337, description="seed of initialisation, data order and dropout")
     init_from: str = Field("scratch", description="scratch, resume, or a checkpoint to start from")
 
@@ -541,6 +543,20 @@ def cannot_compile(device: torch.device) -> str:
     return "" if device.type == "cpu" else f"not supported on {device.type}"
 
 
+def compile_layers(model: GPT):
+    """Have each layer of the model compiled at its first call; layers that are alike share their code."""
+    compiled = torch.compile(truncated_layer, dynamic=False)
+    for block in model.h:
+        block.forward = functools.partial(compiled, block)
+
+
+def truncated_layer(block: Block, *args):
+    """The layer with its new state detached, as the loop would do it later: compiled code would make the gradient of
+    every output, zeros though it be."""
+    x, state = Block.forward(block, *args)
+    return x, map_state(torch.Tensor.detach, state)
+
+
 def resume_command(max_iters: int | None = None) -> str:
     """The command line that goes on with this run, to another max_iters if one is given."""
     changed = {"--init_from": "resume"} | ({"--max_iters": str(max_iters)} if max_iters else {})
@@ -562,13 +578,13 @@ class Run:
         self.device, self.rank, self.world_size = device, rank, world_size
         self.say = tqdm.write if rank == 0 else lambda *_: None
         self.folder = Path(settings.checkpoint_dir)
+        self.carries = self.config.sequential and self.config.carry_state
         self.load_data()
         checkpoint = self.find_checkpoint()
         self.build_model(checkpoint)
         self.step, self.tokens, self.best_val_loss, self.seconds_before = 0, 0, math.inf, 0.0
         self.metrics, self.writer = [], None
-        self.carries = self.config.sequential and self.config.carry_state
-        self.state = self.model.initial_state(self.config.batch_size, self.dtype) if self.carries else None
+        self.state = self.initial_state()
         torch.manual_seed(settings.seed + 1 + rank)
         if settings.init_from == "resume":
             self.restore(checkpoint)
@@ -630,17 +646,51 @@ class Run:
                          torch.autocast(self.device.type, self.dtype))
         self.optimizers = make_optimizers(self.model, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        kernels.COMPILE = settings.compile
-        reason = cannot_compile(self.device) if settings.compile else "compile is false"
-        # a CPU compiles scan and convolutions alone: for the rest, minutes of compilation gained 0 to 18 % of a step
-        whole = not reason and self.device.type != "cpu"
-        self.step_model = torch.compile(self.model, dynamic=False) if whole else self.model
+        how = self.compile()
         if self.world_size > 1:
             self.step_model = DDP(self.step_model, device_ids=[self.device] if self.device.type == "cuda" else None)
-        how = f"not compiled ({reason})" if reason else "compiled" if whole else \
-            "scan and convolutions compiled (the first time on a machine takes half a minute)"
         self.say(f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}, {how}: {self.max_iters} steps of "
                  f"{self.tokens_per_step:,} tokens")
+
+    def compile(self) -> str:
+        """Compile what the settings ask for, as far as the device can; returns in words what came of it."""
+        wanted = self.settings.compile
+        kernels.COMPILE, self.step_model, self.as_written = bool(wanted), self.model, contextlib.nullcontext
+        reason = cannot_compile(self.device) if wanted else "compile is false"
+        if reason:
+            return f"not compiled ({reason})"
+        if self.device.type != "cpu":
+            self.step_model = torch.compile(self.model, dynamic=False)
+            return "compiled"
+        if wanted == "layers":
+            self.say("compiling the layers: some seconds for each kind, minutes for deep fractals")
+            reason = self.compile_layers()
+            if not reason:  # evaluation has too many shapes to compile for
+                self.as_written = functools.partial(torch.compiler.set_stance, "force_eager")
+                return "layers compiled"
+            self.say(f"warning: the layers could not be compiled, they run more slowly ({reason})")
+        return "scan and convolutions compiled (the first time on a machine takes half a minute)"
+
+    def initial_state(self) -> dict | None:
+        return self.model.initial_state(self.config.batch_size, self.dtype) if self.carries else None
+
+    def compile_layers(self) -> str:
+        """Have the layers compiled now, in a step of training that changes nothing. Returns why that failed, then they
+        run as before, or an empty text."""
+        compile_layers(self.model)
+        idx = torch.zeros(self.config.batch_size, self.config.block_size, dtype=torch.long, device=self.device)
+        try:
+            with quiet_compiler(), torch.random.fork_rng(devices=[]):
+                with self.autocast:
+                    _, loss, _ = self.model(idx, idx, state=self.initial_state())
+                loss.backward()
+        except Exception as error:  # whatever a compiler can do wrong
+            for block in self.model.h:
+                del block.forward
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        finally:
+            self.model.zero_grad(set_to_none=True)
+        return ""
 
     def restore(self, checkpoint: dict):
         self.step, self.tokens = checkpoint["step"], checkpoint["tokens"]
@@ -805,7 +855,8 @@ class Run:
                     losses, clock = [], time.time()
                 paused, stop = time.time(), self.stop_requested()
                 if (self.step % config.eval_interval == 0 or last) and not stop:
-                    self.evaluate()
+                    with self.as_written():
+                        self.evaluate()
                 if self.step % config.checkpoint_interval == 0 or last or stop:
                     self.save(f"checkpoint_step_{self.step:06d}.pt")
                 clock += time.time() - paused

@@ -3,7 +3,7 @@
 
 All in one run, the candidates taking turns, medians of repeats, so that ratios hold on any machine. A step is forward,
 backward, clipping and AdamW on random bytes, vocabulary 256, float32; every candidate has its model's own defaults.
-Where the CPU multiplies bfloat16, two candidates run once more, under autocast.
+Where the CPU multiplies bfloat16, two candidates run once more, under autocast; layers: as train.py --compile layers.
   tokens/s   of a training step
   ms/token   of decoding at batch 1 from a prompt of 16 tokens, the most likely token each time; the first and the last
              tenth of the tokens show whether it stays constant; compiled: as sample.py does for long samples
@@ -34,7 +34,8 @@ from machine import cpu, multiplies_bfloat16, resident
 
 import kernels
 from model import GPT, GPTConfig
-from sample import compiled_step
+from sample import compiled_step, quiet_compiler
+from train import compile_layers
 
 V = 256
 MAMBA = {"C": 256, "layers": 4}
@@ -101,8 +102,11 @@ def hf_gpt2(C, layers, block_size):
                                       bos_token_id=0, eos_token_id=None))
 
 
-def ours(C, layers, kind, block_size, **keys):
-    return GPT(GPTConfig(vocab_size=V, n_embd=C, n_layer=layers, attention_type=kind, block_size=block_size, **keys))
+def ours(C, layers, kind, block_size, compiled=False, **keys):
+    model = GPT(GPTConfig(vocab_size=V, n_embd=C, n_layer=layers, attention_type=kind, block_size=block_size, **keys))
+    if compiled:
+        compile_layers(model)
+    return model
 
 
 # ---------------------------------------------------------------- training steps
@@ -148,12 +152,15 @@ TRAINING = {
 def training(repeats):
     rows = []
     for label, (B, T, makers) in TRAINING.items():
+        makers |= {"ours, layers": partial(makers["ours"], compiled=True)}
         calls = {name: steps(make, B, T) for name, make in makers.items()}
         if multiplies_bfloat16():
-            calls |= {f"{name}, bfloat16": steps(makers[name], B, T, bfloat16=True) for name in ("ours", "nanoGPT")}
+            calls |= {f"{name}, bfloat16": steps(makers[name], B, T, bfloat16=True)
+                      for name in ("ours", "ours, layers", "nanoGPT")}
         times = {name: [] for name in calls}
         for call in calls.values():
-            call()  # loads and compiles
+            with quiet_compiler():
+                call()  # loads and compiles
         for _ in range(repeats):
             for name, call in calls.items():
                 if name == "transformers" and times[name]:

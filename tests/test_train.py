@@ -186,6 +186,41 @@ def test_resume_is_bit_for_bit(folder, extra):
     assert steps == sorted(steps) and Counter(steps) == {5: 1, 10: 2, 15: 1, 20: 2}
 
 
+LAYERS = ["--n_embd", "16,16", "--attention_type", "standard,mamba", "--compile", "layers"]
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_they_are_written(folder, capsys):
+    """The same losses to rounding, in blocks with and without a boundary; and resume is bit for bit."""
+    common = ["--max_iters", 8, "--checkpoint_interval", 4, "--eval_interval", 4, *LAYERS]
+
+    def losses(*flags):
+        run(*common, *flags)
+        lines = map(json.loads, (folder / "checkpoints/metrics.jsonl").read_text().splitlines())
+        return [line[key] for line in lines for key in ("train_loss", "val_loss", "grad_norm") if key in line]
+
+    torch.testing.assert_close(losses(), losses("--compile", "false"), rtol=1e-4, atol=0)
+    assert "layers compiled" in capsys.readouterr().out
+    run(*common, "--dropout", "0.1")
+    whole = train.load_checkpoint(folder / "checkpoints/checkpoint_step_000008.pt")
+    (folder / "checkpoints/checkpoint_step_000008.pt").unlink()
+    run(*common, "--dropout", "0.1", "--init_from", "resume")
+    resumed = train.load_checkpoint(folder / "checkpoints/checkpoint_step_000008.pt")
+    for checkpoint in (whole, resumed):
+        del checkpoint["seconds"], checkpoint["config"]["init_from"]
+    same(whole, resumed)
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are(folder, capsys, monkeypatch):
+    def no_compiler(*args, **keys):
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **keys: no_compiler)
+    this = run("--max_iters", 2, "--compile", "layers")
+    assert "warning: the layers could not be compiled, they run more slowly (RuntimeError: no g++)" in \
+        capsys.readouterr().out and this.step == 2
+
+
 def test_files_of_a_run(folder):
     this = run("--max_iters", 20, "--checkpoint_interval", 5, "--keep_checkpoints", 2, "--eval_interval", 10)
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
