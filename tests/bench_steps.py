@@ -112,6 +112,7 @@ def ours(C, layers, kind, block_size, compiled=False, **keys):
 # ---------------------------------------------------------------- training steps
 
 def train_step(model, optimizer, idx, targets, bfloat16):
+    optimizer.zero_grad(set_to_none=True)  # first, as both training programs do
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         if isinstance(model, GPT):
             _, loss, _ = model(idx, targets)
@@ -119,7 +120,6 @@ def train_step(model, optimizer, idx, targets, bfloat16):
             out = model(idx)
             logits = out.logits if hasattr(out, "logits") else out
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
