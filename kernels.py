@@ -33,7 +33,8 @@ except ImportError:  # no wheels outside Linux: the torch path does everything
     triton = None
 
 CHUNK = 8  # positions between two kept states; the backward pass recomputes the states in between
-TILE = 32768  # (b, n, d) elements a chunk works on at once, so that its temporaries stay in a core's cache
+SPAN = 2 * CHUNK  # positions that the eager form takes at a time
+TILE = 65536  # (b, n, d) elements that it takes at once: its temporaries stay in cache, its calls are few
 COMPILE = True  # let calls on a CPU compile native code, from COMPILE_FROM state elements (b l d n) on
 COMPILE_FROM = 2**21
 VECTOR = 16  # channels that native code takes side by side
@@ -97,8 +98,8 @@ def causal_conv1d_oracle(x, weight, bias=None, activation=None, initial_state=No
 # ---------------------------------------------------------------- the scan in plain torch, eager
 #
 # The state is kept as (b, n, d), channels innermost, so that every product runs along contiguous channels. Time goes in
-# chunks of T positions; a chunk's decays and states, (T, b, n, d) for one tile of batch and channels, are the only
-# tensors with both l and n in their shape. Within a chunk tensors are time-major, so that position t is contiguous.
+# spans of T positions; a span's decays and states, (T, b, n, d) for one tile of batch and channels, are the only
+# tensors with both l and n in their shape. Within a span tensors are time-major, so that position t is contiguous.
 
 def _tiles(b, n, d):
     """Slices of the batch and of the channels that cut (b, n, d) into tiles of about TILE elements."""
@@ -164,16 +165,17 @@ def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     D, delta_bias = (None if x is None else x.to(f) for x in (D, delta_bias))
     for rows, ch in _tiles(b, n, d):
         h = last[rows, :, ch]
-        a_all, x_all = (h.new_empty(min(l, CHUNK), *h.shape) for _ in range(2))
-        for i in range(0, l, CHUNK):
-            t = slice(i, i + CHUNK)
-            if save:
-                states[i // CHUNK, rows, :, ch] = h
+        a_all, x_all = (h.new_empty(min(l, SPAN), *h.shape) for _ in range(2))
+        for i in range(0, l, SPAN):
+            t = slice(i, i + SPAN)
             u_t, delta_t, z_t = (_part(x, f, rows, t, ch) for x in (u, delta, z))  # (T, b, d)
             B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
             a, x = a_all[: len(u_t)], x_all[: len(u_t)]
             bias = None if delta_bias is None else delta_bias[ch]
             _states(u_t, delta_t, A2[:, ch], B_t, bias, delta_softplus, reset_t, h, a, x)
+            if save:
+                for j in range(0, len(x), CHUNK):
+                    states[(i + j) // CHUNK, rows, :, ch] = x[j - 1] if j else h
             out = _sum_n(C_t, x)  # (2b)
             out = out if D is None else out.addcmul_(D[ch], u_t)
             if save and z is not None:
@@ -204,10 +206,10 @@ def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
     states, ungated = _saved_parts(saved, b, l, d, n)
     D, delta_bias = (None if x is None else x.to(f) for x in (D, delta_bias))
     for rows, ch in _tiles(b, n, d):
-        g_next = g_last[rows, :, ch]  # the gradient that reaches the chunk's last state from the right
-        a_all, x_all, g_all = (g_next.new_empty(min(l, CHUNK), *g_next.shape) for _ in range(3))
-        for i in reversed(range(0, l, CHUNK)):
-            t = slice(i, i + CHUNK)
+        g_next = g_last[rows, :, ch]  # the gradient that reaches the span's last state from the right
+        a_all, x_all, g_all = (g_next.new_empty(min(l, SPAN), *g_next.shape) for _ in range(3))
+        for i in reversed(range(0, l, SPAN)):
+            t = slice(i, i + SPAN)
             u_t, delta_t, z_t, dy_t = (_part(x, f, rows, t, ch) for x in (u, delta, z, dy))  # (T, b, d)
             B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
             a, x, g = a_all[: len(u_t)], x_all[: len(u_t)], g_all[: len(u_t)]
@@ -588,12 +590,16 @@ def _groups(b, d):
 
 def _rows_d(x, g):
     """(.., b, l, d) -> (.., r, l, c, VECTOR), and so for states (.., b, n, d)"""
-    return x.float().contiguous().unflatten(-1, (g, -1, VECTOR)).transpose(-4, -3).flatten(-5, -4)
+    x = x.float().contiguous()
+    if g == 1:  # fewer calls: a chunk of a small block is quick
+        return x.unflatten(-1, (-1, VECTOR))
+    return x.unflatten(-1, (g, -1, VECTOR)).transpose(-4, -3).flatten(-5, -4)
 
 
 def _rows_n(x, g):
     """(b, l, n) -> (r, l, n)"""
-    return x.float().contiguous()[:, None].expand(-1, g, -1, -1).flatten(0, 1)
+    x = x.float().contiguous()
+    return x if g == 1 else x[:, None].expand(-1, g, -1, -1).flatten(0, 1)
 
 
 def _rows_of(x, u, g):
@@ -647,7 +653,7 @@ def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, del
                    softplus=delta_softplus, gated=gated)
         ins, outs = outs, ins
     dlast, dA, dD, dbias = sums if len(chunks) % 2 == 0 else new_sums
-    dB, dC = (x.unflatten(0, (b, g)).sum(1) for x in (dB, dC))
+    dB, dC = (x if g == 1 else x.unflatten(0, (b, g)).sum(1) for x in (dB, dC))
     return du, ddelta, dA.sum(0).t(), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), dlast.transpose(1, 2)
 
 
