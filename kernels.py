@@ -1605,8 +1605,11 @@ conv_bwd.register_autograd(_conv_bwd_grad, setup_context=_conv_bwd_setup)
 # costs more than a small block of work. Only a derivative of the derivative needs the operator again.
 
 class _EagerScan(torch.autograd.Function):
-    forward = staticmethod(run_scan_fwd)
-    setup_context = staticmethod(_scan_fwd_setup)
+    @staticmethod
+    def forward(ctx, *args):  # autograd itself would call setup_context, after 0.1 ms with the signature of forward
+        output = run_scan_fwd(*args)
+        _scan_fwd_setup(ctx, args, output)
+        return output
 
     @staticmethod
     def backward(ctx, *douts):
@@ -1614,8 +1617,11 @@ class _EagerScan(torch.autograd.Function):
 
 
 class _EagerConv(torch.autograd.Function):
-    forward = staticmethod(run_conv_fwd)
-    setup_context = staticmethod(_conv_fwd_setup)
+    @staticmethod
+    def forward(ctx, *args):
+        output = run_conv_fwd(*args)
+        _conv_fwd_setup(ctx, args, output)
+        return output
 
     @staticmethod
     def backward(ctx, *douts):
