@@ -258,10 +258,12 @@ def cached_rotary_table(*args):
         return rotary_table(*args)
 
 
-@torch.compiler.assume_constant_result
 def constant_rotary_table(*args):
-    """cached_rotary_table, in compiled code a constant, where its sines would be taken again at every token"""
+    """cached_rotary_table, in compiled code a constant, where its sines would be taken again at every call"""
     return cached_rotary_table(*args)
+
+
+constant_rotary_table._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports torch._dynamo first
 
 
 def rotate(x, cos, sin):
