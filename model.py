@@ -263,7 +263,7 @@ def constant_rotary_table(*args):
     return cached_rotary_table(*args)
 
 
-constant_rotary_table._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports torch._dynamo first
+constant_rotary_table._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports a compiler first
 
 
 def rotate(x, cos, sin):
