@@ -315,8 +315,7 @@ class MultiHeadAttention(nn.Module):
             new_k, new_v = new_k.contiguous(), new_v.contiguous()  # or the state would hold on to all of k and v
 
         if self.rope:
-            table = constant_rotary_table
-            cos, sin = table(S, C // self.n_head, x.dtype, x.device)
+            cos, sin = constant_rotary_table(S, C // self.n_head, x.dtype, x.device)
             q, k = rotate(q, cos[S - T:], sin[S - T:]), rotate(k, cos, sin)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (new_k, new_v, valid)

@@ -152,7 +152,7 @@ TRAINING = {
 def training(repeats):
     rows = []
     for label, (B, T, makers) in TRAINING.items():
-        makers |= {"ours, layers": partial(makers["ours"], compiled=True)}
+        makers = makers | {"ours, layers": partial(makers["ours"], compiled=True)}
         calls = {name: steps(make, B, T) for name, make in makers.items()}
         if multiplies_bfloat16():
             calls |= {f"{name}, bfloat16": steps(makers[name], B, T, bfloat16=True)
