@@ -377,7 +377,7 @@ def write_samples(model: GPT, tokenizer: Tokenizer, args):
     carries_on = model.config.position != "learned"  # that table's end turns each step into a prefill
     compile_step = args.device.type == "cpu" and carries_on and args.max_new_tokens >= COMPILE_STEP_FROM
     if compile_step:
-        print("decoding is compiled first, in some 15 seconds, 5 from its cache", file=sys.stderr)
+        print("decoding is compiled first, in some 20 seconds, 5 from its cache", file=sys.stderr)
     pressed = []
 
     def interrupt(*_):  # an exception here could fall into what checks compiled code before a call, and be lost

@@ -664,7 +664,7 @@ class Run:
             return "compiled"
         if wanted == "layers":
             self.say("compiling the layers: some seconds for each kind, minutes for deep fractals")
-            reason = self.compile_layers()
+            reason = self.try_compiled_layers()
             if not reason:  # evaluation has too many shapes to compile for
                 self.as_written = functools.partial(torch.compiler.set_stance, "force_eager")
                 return "layers compiled"
@@ -674,9 +674,9 @@ class Run:
     def initial_state(self) -> dict | None:
         return self.model.initial_state(self.config.batch_size, self.dtype) if self.carries else None
 
-    def compile_layers(self) -> str:
-        """Have the layers compiled now, in a step of training that changes nothing. Returns why that failed, then they
-        run as before, or an empty text."""
+    def try_compiled_layers(self) -> str:
+        """Compile the layers in a step of training that changes nothing. Returns why that failed, then they run as they
+        did before, or an empty text."""
         compile_layers(self.model)
         idx = torch.zeros(self.config.batch_size, self.config.block_size, dtype=torch.long, device=self.device)
         try:

@@ -190,8 +190,12 @@ LAYERS = ["--n_embd", "16,16", "--attention_type", "standard,mamba", "--compile"
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_as_they_are_written(folder, capsys):
+def test_compiled_layers_train_as_they_are_written(folder, capsys, monkeypatch):
     """The same losses to rounding, in blocks with and without a boundary; and resume is bit for bit."""
+    for path in (folder / "dataset").iterdir():
+        path.unlink()
+    for i in range(99):  # 40 tokens each with <|endoftext|>, read in blocks of 16
+        (folder / f"dataset/{i:02}.txt").write_text(f"A document of 39 bytes, as they go: {i:03}")
     common = ["--max_iters", 8, "--checkpoint_interval", 4, "--eval_interval", 4, *LAYERS]
 
     def losses(*flags):
@@ -199,7 +203,17 @@ def test_compiled_layers_train_as_they_are_written(folder, capsys):
         lines = map(json.loads, (folder / "checkpoints/metrics.jsonl").read_text().splitlines())
         return [line[key] for line in lines for key in ("train_loss", "val_loss", "grad_norm") if key in line]
 
+    kinds, to_device = set(), train.to_device
+
+    def watched(*args, **keys):
+        batch = to_device(*args, **keys)
+        if torch.is_grad_enabled():  # a batch to train on
+            kinds.add(batch[2] is None)
+        return batch
+
+    monkeypatch.setattr(train, "to_device", watched)
     torch.testing.assert_close(losses(), losses("--compile", "false"), rtol=1e-4, atol=0)
+    assert kinds == {True, False}
     assert "layers compiled" in capsys.readouterr().out
     run(*common, "--dropout", "0.1")
     whole = train.load_checkpoint(folder / "checkpoints/checkpoint_step_000008.pt")
