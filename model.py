@@ -957,7 +957,14 @@ def cross_entropy(x, weight, targets):
 
 
 if __name__ == "__main__":
+    import sys
+
+    from prepare import DataError, Tokenizer
     from train import load_config
 
-    settings = load_config()
-    print(GPT(settings.config).layer_table())
+    config = load_config().config
+    try:
+        config.vocab_size = config.vocab_size or Tokenizer(config.tokenizer).n_vocab
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    print(GPT(config).layer_table())

@@ -79,6 +79,15 @@ def test_shipped_files_are_what_a_missing_file_becomes(folder, capsys):
     assert len(set(settings.config.n_embd)) > 1
 
 
+def test_model_py_prints_the_layer_table_of_the_shipped_file(folder):
+    done = subprocess.run([sys.executable, str(ROOT / "model.py"), "--n_embd", "16,8"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fractal" in done.stdout and re.search(r"all +[\d,]+ +[\d,]+$", done.stdout.strip())
+    done = subprocess.run([sys.executable, str(ROOT / "model.py"), "--tokenizer", "no_such"], capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
 def test_schema_knows_every_key():
     schema = json.loads((ROOT / "current_configuration.schema.json").read_text())
     assert set(schema["properties"]) == {"config", *train.OUTER}
