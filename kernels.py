@@ -33,7 +33,6 @@ except ImportError:  # no wheels outside Linux: the torch path does everything
     triton = None
 
 CHUNK = 8  # positions between two kept states; the backward pass recomputes the states in between
-SPAN = 2 * CHUNK  # positions that the eager form takes at a time
 TILE = 65536  # (b, n, d) elements that it takes at once: its temporaries stay in cache, its calls are few
 COMPILE = True  # let calls on a CPU compile native code, from COMPILE_FROM state elements (b l d n) on
 COMPILE_FROM = 2**21
@@ -98,8 +97,8 @@ def causal_conv1d_oracle(x, weight, bias=None, activation=None, initial_state=No
 # ---------------------------------------------------------------- the scan in plain torch, eager
 #
 # The state is kept as (b, n, d), channels innermost, so that every product runs along contiguous channels. Time goes in
-# spans of T positions; a span's decays and states, (T, b, n, d) for one tile of batch and channels, are the only
-# tensors with both l and n in their shape. Within a span tensors are time-major, so that position t is contiguous.
+# chunks of T positions; a chunk's decays and states, (b, T, n, d) for one tile of batch and channels, are the only
+# tensors with both l and n in their shape. b comes first, as threads share its rows: what one wrote, it reads again.
 
 def _tiles(b, n, d):
     """Slices of the batch and of the channels that cut (b, n, d) into tiles of about TILE elements."""
@@ -108,36 +107,34 @@ def _tiles(b, n, d):
     return [(slice(i, i + step_b), slice(j, j + step_d)) for i in range(0, b, step_b) for j in range(0, d, step_d)]
 
 
-def _part(x, f, *index):
-    """x[index], (b, T, ...), time-major in dtype f: (T, b, ...)."""
-    return None if x is None else x[index].transpose(0, 1).to(f)
+def _step_sizes(delta, delta_bias, delta_softplus, f):
+    dt = delta.to(f).contiguous()
+    dt = dt if delta_bias is None else dt + delta_bias.to(f)
+    return F.softplus(dt) if delta_softplus else dt
 
 
-def _states(u, delta, A2, B, delta_bias, delta_softplus, reset, h, a, x):
-    """Fill a with the decays and x with the states after each position, both (T, b, n, d), from the state h before.
+def _states(dt, v, A2, B, reset, h, a, x):
+    """Fill a with the decays and x with the states after each position, both (b, T, n, d), from the state h before.
 
-    A2 is A log2(e). Returns dt and delta + bias, (T, b, d)."""
-    raw = delta if delta_bias is None else delta + delta_bias
-    dt = F.softplus(raw) if delta_softplus else raw
+    v is dt u, A2 is A log2(e). Returns the last state."""
     torch.mul(dt[:, :, None], A2, out=a).exp2_()  # (4); exp2 costs half of exp on a CPU
-    torch.mul((dt * u)[:, :, None], B[..., None], out=x)
-    if reset is not None and reset.any():
+    torch.mul(v[:, :, None], B[..., None], out=x)
+    boundary = reset is not None and reset.any()
+    if boundary:
         a.masked_fill_(reset[:, :, None, None], 0)
-        for a_t, x_t, reset_t in zip(a.unbind(0), x.unbind(0), reset.unbind(0)):
-            h = x_t.addcmul_(a_t, h.masked_fill(reset_t[:, None, None], 0))  # 0 * inf would be nan
-    else:
-        for a_t, x_t in zip(a.unbind(0), x.unbind(0)):
-            h = x_t.addcmul_(a_t, h)  # (2a)
-    return dt, raw
+    for t, (a_t, x_t) in enumerate(zip(a.unbind(1), x.unbind(1))):
+        h = h.masked_fill(reset[:, t, None, None], 0) if boundary else h  # 0 * inf would be nan
+        h = x_t.addcmul_(a_t, h)  # (2a)
+    return h
 
 
 def _sum_n(weight, x):
-    """sum_n weight (T, b, n) x (T, b, n, d) -> (T, b, d)"""
+    """sum_n weight (b, T, n) x (b, T, n, d) -> (b, T, d)"""
     return torch.bmm(weight.flatten(0, 1)[:, None], x.flatten(0, 1)).view(*x.shape[:2], -1)
 
 
 def _sum_d(weight, x):
-    """sum_d weight (T, b, d) x (T, b, n, d) -> (T, b, n)"""
+    """sum_d weight (b, T, d) x (b, T, n, d) -> (b, T, n)"""
     return torch.bmm(weight.flatten(0, 1)[:, None], x.flatten(0, 1).transpose(1, 2)).view(x.shape[:3])
 
 
@@ -155,36 +152,28 @@ def _saved_parts(saved, b, l, d, n):
 def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     f = _state_dtype(u)
     (b, l, d), n = u.shape, A.shape[1]
-    y = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
-    last = torch.zeros(b, n, d, dtype=f, device=u.device)
-    if initial_state is not None:
-        last.copy_(initial_state.transpose(1, 2))
+    last = torch.empty(b, n, d, dtype=f, device=u.device)
     saved = last.new_empty(_saved_size(b, l, d, n, z is not None, save))
     states, ungated = _saved_parts(saved, b, l, d, n)
+    states = [*states.unbind(0), last] if save else [last] * (math.ceil(l / CHUNK) + 1)
+    states[0].copy_(states[0].zero_() if initial_state is None else initial_state.transpose(1, 2))
+    u_f, B, C = u.to(f).contiguous(), B.to(f), C.to(f)
     A2 = (A.t().to(f) / math.log(2)).contiguous()  # (n, d)
-    D, delta_bias = (None if x is None else x.to(f) for x in (D, delta_bias))
+    dt = _step_sizes(delta, delta_bias, delta_softplus, f)
+    v = dt * u_f
+    y = ungated if save and z is not None else torch.empty_like(v)
     for rows, ch in _tiles(b, n, d):
-        h = last[rows, :, ch]
-        a_all, x_all = (h.new_empty(min(l, SPAN), *h.shape) for _ in range(2))
-        for i in range(0, l, SPAN):
-            t = slice(i, i + SPAN)
-            u_t, delta_t, z_t = (_part(x, f, rows, t, ch) for x in (u, delta, z))  # (T, b, d)
-            B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
-            a, x = a_all[: len(u_t)], x_all[: len(u_t)]
-            bias = None if delta_bias is None else delta_bias[ch]
-            _states(u_t, delta_t, A2[:, ch], B_t, bias, delta_softplus, reset_t, h, a, x)
-            if save:
-                for j in range(0, len(x), CHUNK):
-                    states[(i + j) // CHUNK, rows, :, ch] = x[j - 1] if j else h
-            out = _sum_n(C_t, x)  # (2b)
-            out = out if D is None else out.addcmul_(D[ch], u_t)
-            if save and z is not None:
-                ungated[rows, t, ch] = out.transpose(0, 1)
-            out = out if z is None else out.mul_(F.silu(z_t))
-            y[rows, t, ch] = out.transpose(0, 1)
-            h = x[-1].clone()
-        last[rows, :, ch] = h
-    return y, last.transpose(1, 2).contiguous(), saved
+        a_all, x_all = (last.new_empty(*dt[rows, :CHUNK].shape[:2], *last[0, :, ch].shape) for _ in range(2))
+        for i, (h, h_out) in enumerate(zip(states, states[1:])):
+            t = slice(i * CHUNK, (i + 1) * CHUNK)
+            reset_t = None if reset is None else reset[rows, t]
+            a, x = (whole[:, : l - t.start] for whole in (a_all, x_all))
+            h_out[rows, :, ch] = _states(dt[rows, t, ch], v[rows, t, ch], A2[:, ch], B[rows, t], reset_t,
+                                         h[rows, :, ch], a, x)
+            y[rows, t, ch] = _sum_n(C[rows, t], x)  # (2b)
+    y = y if D is None else y.addcmul_(D.to(f), u_f)
+    y = y if z is None else F.silu(z.to(f)).mul_(y)
+    return y.to(u.dtype), last.transpose(1, 2).contiguous(), saved
 
 
 def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
@@ -195,56 +184,49 @@ def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
     """
     f = _state_dtype(u)
     (b, l, d), n = u.shape, A.shape[1]
-    new = saved.new_zeros
-    du, ddelta = torch.empty_like(u, memory_format=torch.contiguous_format), delta.new_empty(b, l, d)
-    dz = None if z is None else z.new_empty(b, l, d)
-    dA, dB, dC = new(n, d), new(b, l, n), new(b, l, n)
-    dD, dbias = new(0 if D is None else d), new(0 if delta_bias is None else d)
-    g_last = new(b, n, d) if dlast is None else dlast.transpose(1, 2).to(f, copy=True).contiguous()
-    A_t = A.t().to(f).contiguous()  # (n, d)
-    A2 = A_t / math.log(2)
     states, ungated = _saved_parts(saved, b, l, d, n)
-    D, delta_bias = (None if x is None else x.to(f) for x in (D, delta_bias))
+    g_last = states.new_zeros(b, n, d) if dlast is None else dlast.transpose(1, 2).to(f).contiguous()
+    dg = torch.empty_like(g_last)
+    u, B, C, A = u.to(f).contiguous(), B.to(f), C.to(f), A.t().to(f).contiguous()  # A (n, d)
+    A2, dA, dB, dC = A / math.log(2), torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
+    dt = _step_sizes(delta, delta_bias, delta_softplus, f)
+    v = dt * u
+    gB, xA = torch.empty_like(v), torch.empty_like(v)  # sum_n g_t B_t and sum_n x_t A
+    w, dz = torch.zeros_like(u) if dy is None else dy.to(f), None  # w: the gradient of y before the gate
+    if z is not None:
+        z = z.to(f)
+        dz = torch.ops.aten.silu_backward(w * ungated, z)
+        w = F.silu(z).mul_(w)
     for rows, ch in _tiles(b, n, d):
-        g_next = g_last[rows, :, ch]  # the gradient that reaches the span's last state from the right
-        a_all, x_all, g_all = (g_next.new_empty(min(l, SPAN), *g_next.shape) for _ in range(3))
-        for i in reversed(range(0, l, SPAN)):
-            t = slice(i, i + SPAN)
-            u_t, delta_t, z_t, dy_t = (_part(x, f, rows, t, ch) for x in (u, delta, z, dy))  # (T, b, d)
-            B_t, C_t, reset_t = _part(B, f, rows, t), _part(C, f, rows, t), _part(reset, torch.bool, rows, t)
-            a, x, g = a_all[: len(u_t)], x_all[: len(u_t)], g_all[: len(u_t)]
-            bias = None if delta_bias is None else delta_bias[ch]
-            h = states[i // CHUNK, rows, :, ch]
-            dt, raw = _states(u_t, delta_t, A2[:, ch], B_t, bias, delta_softplus, reset_t, h, a, x)
-            dy_t = torch.zeros_like(u_t) if dy_t is None else dy_t
-            if z is not None:
-                ungated_t = _part(ungated, f, rows, t, ch)
-                dz[rows, t, ch] = torch.ops.aten.silu_backward(dy_t * ungated_t, z_t).transpose(0, 1).to(z.dtype)
-                dy_t = dy_t * F.silu(z_t)
-            dC[rows, t] += _sum_d(dy_t, x).transpose(0, 1)
-            torch.mul(dy_t[:, :, None], C_t[..., None], out=g)
-            g[-1].add_(g_next)
-            for g_t, g_t1, a_t1 in reversed(list(zip(g[:-1].unbind(0), g[1:].unbind(0), a[1:].unbind(0)))):
-                g_t.addcmul_(a_t1, g_t1)
-            dB[rows, t] += _sum_d(dt * u_t, g).transpose(0, 1)
-            q = _sum_n(B_t, g)  # (T, b, d)
-            a.mul_(g)
-            g_next = a[0].clone()
-            a[1:].mul_(x[:-1])
-            a[0].mul_(h)  # a is x_t of the formulas now
-            ddt = torch.mul(a, A_t[:, ch], out=g).sum(2).addcmul_(q, u_t)
-            dA[:, ch] += a.mul_(dt[:, :, None]).sum((0, 1))
-            ddt = torch.ops.aten.softplus_backward(ddt, raw, 1, 20) if delta_softplus else ddt
-            ddelta[rows, t, ch] = ddt.transpose(0, 1).to(delta.dtype)
-            du_t = q.mul_(dt)
-            if D is not None:
-                du_t.addcmul_(D[ch], dy_t)
-                dD[ch] += (dy_t * u_t).sum((0, 1))
-            du[rows, t, ch] = du_t.transpose(0, 1).to(u.dtype)
-            if delta_bias is not None:
-                dbias[ch] += ddt.sum((0, 1))
-        g_last[rows, :, ch] = g_next
-    return du, ddelta, dA.t(), dB, dC, dD, dz, dbias, g_last.transpose(1, 2)
+        ag = g_last[rows, :, ch].clone()  # a_(t+1) g_(t+1), here what reaches the last state from the right
+        dA_rows = torch.zeros_like(ag)
+        whole = [ag.new_empty(*dt[rows, :CHUNK].shape[:2], *ag.shape[1:]) for _ in range(3)]
+        for i, h in reversed(list(enumerate(states[:, rows, :, ch].unbind(0)))):
+            t = slice(i * CHUNK, (i + 1) * CHUNK)
+            reset_t = None if reset is None else reset[rows, t]
+            a, x, g = (part[:, : l - t.start] for part in whole)
+            dt_t, v_t, w_t, B_t = dt[rows, t, ch], v[rows, t, ch], w[rows, t, ch], B[rows, t]
+            _states(dt_t, v_t, A2[:, ch], B_t, reset_t, h, a, x)
+            dC[rows, t] += _sum_d(w_t, x)
+            torch.mul(w_t[:, :, None], C[rows, t, :, None], out=g)
+            parts = a.unbind(1), g.unbind(1), (h, *x[:, :-1].unbind(1)), dt_t[:, :, None].unbind(1)
+            for a_t, g_t, h_t, step in reversed(list(zip(*parts))):
+                torch.mul(a_t, g_t.add_(ag), out=ag)
+                torch.mul(ag, h_t, out=a_t)  # a is x_t of the formulas now
+                dA_rows.addcmul_(a_t, step)
+            dB[rows, t] += _sum_d(v_t, g)
+            gB[rows, t, ch] = _sum_n(B_t, g)
+            xA[rows, t, ch] = a.mul_(A[:, ch]).sum(2)
+        dg[rows, :, ch] = ag
+        dA[:, ch] += dA_rows.sum(0)
+    ddelta = xA.addcmul_(gB, u)
+    du = gB.mul_(dt)
+    if delta_softplus:
+        ddelta.mul_(dt.neg_().expm1_().neg_())  # sigmoid(x) = 1 - exp(-softplus(x))
+    dbias = None if delta_bias is None else ddelta.sum((0, 1))
+    dD = None if D is None else (w * u).sum((0, 1))
+    du = du if D is None else du.addcmul_(D.to(f), w)
+    return du, ddelta, dA.t(), dB, dC, dD, dz, dbias, dg.transpose(1, 2)
 
 
 # ---------------------------------------------------------------- the convolution in plain torch, eager
