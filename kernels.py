@@ -17,6 +17,7 @@ Letters, in shapes and in code:
 import contextlib
 import functools
 import inspect
+import itertools
 import math
 import os
 import warnings
@@ -164,7 +165,7 @@ def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     y = ungated if save and z is not None else torch.empty_like(v)
     for rows, ch in _tiles(b, n, d):
         a_all, x_all = (last.new_empty(*dt[rows, :CHUNK].shape[:2], *last[0, :, ch].shape) for _ in range(2))
-        for i, (h, h_out) in enumerate(zip(states, states[1:])):
+        for i, (h, h_out) in enumerate(itertools.pairwise(states)):
             t = slice(i * CHUNK, (i + 1) * CHUNK)
             reset_t = None if reset is None else reset[rows, t]
             a, x = (whole[:, : l - t.start] for whole in (a_all, x_all))
