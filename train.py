@@ -165,10 +165,23 @@ def format_json(settings: dict) -> str:
     return "\n".join(["{", *lines(settings, "    "), "}"]) + "\n"
 
 
-def write_atomically(path: Path, text: str):
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A new binary file that takes the place of `path` once it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str):
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def parse_value(key: str, text: str):
@@ -348,15 +361,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def save_atomically(checkpoint: dict, path: Path):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def newest_checkpoint(folder: Path) -> dict:
     """The newest checkpoint_step that loads; damaged ones are named and passed over."""
     for path in reversed(checkpoints(folder)):
@@ -414,9 +418,8 @@ def plot_losses(metrics: list[dict], path: Path):
     ax.grid(alpha=0.3)
     if ax.lines:
         ax.legend()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -726,7 +729,8 @@ class Run:
     def save(self, name: str):
         run = self.snapshot()
         if self.rank == 0:
-            save_atomically(run, self.folder / name)
+            with replacing(self.folder / name) as file:
+                torch.save(run, file)
             for path in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
                 path.unlink()
 
