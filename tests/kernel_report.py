@@ -7,7 +7,8 @@
    An instruction counts as often as its loops run, every branch as taken, and is divided by the number of (b, l, d, n).
 3. A lower bound on the time, from these counts and the published rates of one GPU of each generation. It knows nothing
    of latency or cache misses: no kernel can be faster, any may be slower.
-4. With a GPU: measured times beside the bounds, and against the sequential path of transformers.
+4. With a GPU: measured times beside the bounds, and against mamba_ssm and causal_conv1d where they are installed, else
+   against the sequential path of transformers.
 """
 
 import argparse
@@ -17,12 +18,12 @@ import math
 import multiprocessing
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -269,17 +270,47 @@ def print_check(label, device, backend):
 
 # ---------------------------------------------------------------- with a GPU
 
-def milliseconds(call, repeats=20):
-    """Median time of a call on the current GPU."""
-    times = []
-    for _ in range(repeats + 5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[5:])
+def milliseconds(call):
+    """Median time of a call on the current GPU, its L2 cache cleared before each."""
+    from triton.testing import do_bench
+
+    return do_bench(call, return_mode="median")
+
+
+def against_mamba_ssm():
+    """[(name, their time, ours, relative difference)] of the operators of mamba_ssm and causal_conv1d, where these are
+    installed: bfloat16, each in the layout that it takes, ours (b, l, d), theirs (b, d, l)."""
+    from causal_conv1d import causal_conv1d_fn
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    (u, delta, A, B_, C_, skip, z, bias, *_), (x, weight, *_), dy = _inputs(BF16, False, torch.device("cuda"))
+
+    def scan(u, delta, A, B_, C_, z):
+        return kernels.selective_scan(u, delta, A, B_, C_, skip, z, bias, True)
+
+    def their_scan(u, delta, A, B_, C_, z):
+        return selective_scan_fn(u, delta, A, B_, C_, skip, z, bias, True)
+
+    def conv(x, weight):
+        return kernels.causal_conv1d(x, weight, bias, "silu")
+
+    def their_conv(x, weight):
+        return causal_conv1d_fn(x, weight, bias, activation="silu")
+
+    rows = []
+    for name, ours, theirs, inputs in (("selective_scan", scan, their_scan, (u, delta, A, B_, C_, z)),
+                                       ("causal_conv1d", conv, their_conv, (x, weight))):
+        calls, outputs = [], []
+        for f, swap in (theirs, lambda t: t.transpose(1, 2).contiguous()), (ours, torch.Tensor.contiguous):
+            xs = [(t if t.dim() == 2 else swap(t)).detach().requires_grad_() for t in inputs]
+            y, dout = f(*xs), swap(dy)
+            grads = partial(torch.autograd.grad, y, xs, dout, retain_graph=True)
+            outputs.append([t.detach() if t.dim() == 2 or f is ours else swap(t.detach()) for t in (y, *grads())])
+            calls.append((partial(f, *xs), grads))
+        difference = max(float((a - b).norm() / a.norm()) for a, b in zip(*outputs))
+        for direction, their_call, our_call in zip(("forward", "backward"), *calls):
+            rows.append((f"{name} {direction}", milliseconds(their_call), milliseconds(our_call), difference))
+    return rows
 
 
 def against_transformers(device, length, timer):
@@ -298,7 +329,7 @@ def against_transformers(device, length, timer):
         A = -mixer.A_log.float().exp()
         return mixer.out_proj(kernels.selective_scan(u, dt, A, B_, C_, mixer.D, z, mixer.dt_proj.bias, True))
 
-    sequential = getattr(mixer, "_slow_forward", None) or mixer.slow_forward  # its name differs between versions
+    sequential = getattr(mixer, "slow_forward", mixer)  # newer versions choose by what is installed
     with torch.no_grad():
         theirs = sequential(x)
         difference = float((ours() - theirs).norm() / theirs.norm())
@@ -306,9 +337,11 @@ def against_transformers(device, length, timer):
 
 
 def print_gpu(rows):
+    import triton
+
     device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability()
-    print(f"\nMeasured on {torch.cuda.get_device_name()}, sm_{major}{minor}, ms (median of 20)")
+    print(f"\nMeasured on {torch.cuda.get_device_name()}, sm_{major}{minor}, Triton {triton.__version__}, ms")
     for dtype in (BF16, F32):
         for reset in (False, True):
             for name, call in calls(dtype, reset, device).items():
@@ -319,10 +352,15 @@ def print_gpu(rows):
                 print(f"  {name:20} {str(dtype)[6:]:9} reset {reset!s:5} {time:8.3f}   {beside}")
                 for r in same:
                     r["measured_ms"] = time
-    with contextlib.suppress(ImportError):
-        theirs, ours, difference = against_transformers(device, L, lambda call: milliseconds(call, 3))
-        print(f"  Mamba mixer forward, float32: transformers' sequential path {theirs:.1f}, the same on these kernels "
-              f"{ours:.2f}, {theirs / ours:.0f} times faster, difference {difference:.0e}")
+    try:
+        for name, theirs, ours, difference in against_mamba_ssm():
+            print(f"  {name:24} bfloat16: mamba_ssm {theirs:.3f}, here {ours:.3f}, {ours / theirs:.2f} of its time, "
+                  f"difference {difference:.0e}")
+    except ImportError:
+        with contextlib.suppress(ImportError):
+            theirs, ours, difference = against_transformers(device, L, milliseconds)
+            print(f"  Mamba mixer forward, float32: transformers' sequential path {theirs:.1f}, the same on these "
+                  f"kernels {ours:.2f}, {theirs / ours:.0f} times faster, difference {difference:.0e}")
 
 
 # ---------------------------------------------------------------- the report
@@ -368,7 +406,7 @@ def main():
         return print_check("triton, interpreted", "cpu", "triton")
     tasks = [] if kernels.triton is None else [(name, sm, dtype, reset) for name in KERNELS for sm in GPUS
                                                for dtype in (BF16, F32) for reset in (False, True)]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("fork" if tasks else None)) as pool:
+    with ProcessPoolExecutor(os.process_cpu_count(), multiprocessing.get_context("fork" if tasks else None)) as pool:
         compiled = pool.map(_row, tasks)  # forks before this process uses CUDA or threads, which do not survive that
         print("Relative error against the oracle in float64, worst of outputs and gradients", flush=True)
         print_check("torch, cpu", "cpu", "torch")
