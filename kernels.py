@@ -720,7 +720,8 @@ def _plain_taps(rows, weight, bias):
 if triton is not None:
     INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
     PTX = tl.constexpr(not INTERPRET)  # Triton's interpreter cannot run inline PTX
-    LANES, SEGMENT = 32, 128  # channels side by side; positions between two checkpoints: 8 subsequences of 16
+    LANES, SEGMENT = 32, 128  # channels of a program of the steps; positions between two states kept for the backward
+    FWD, BWD = {"R": 4, "Q": 8, "T": 8}, {"R": 8, "Q": 4, "T": SEGMENT // 8}  # warps, channels of each, positions
 
     @triton.jit
     def _exp2(x):
@@ -774,104 +775,11 @@ if triton is not None:
         else:
             return tl.zeros(d.shape, tl.float32)
 
-    @triton.jit
-    def _rows(ptr, t, L, d, DIM: tl.constexpr, ROW: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr):
-        # positions t .. t + T - 1, zero past the end: T of (BD,)
-        rows = ()
-        for i in tl.static_range(T):
-            rows += (_load(ptr + i * ROW, d < tl.where(t + i < L, DIM, 0), EVEN),)
-        return rows
-
-    # A thread owns one channel: time runs through its registers, so neither the scan nor the sum over n leaves them.
-    # `^ zero` (a zero at run time) hides that channels are contiguous: Triton would give a thread several of them and
-    # spread n over the lanes instead, which costs a third more instructions.
-    @triton.jit(do_not_specialize=["zero", "L", "u_batch", "delta_batch", "z_batch"])
-    def _scan_fwd_kernel(u, delta, z, A, B, C, D, bias, gate, y, state, saved, zero, L, u_batch, delta_batch, z_batch,
-                         U_ROW: tl.constexpr, DELTA_ROW: tl.constexpr, Z_ROW: tl.constexpr, DIM: tl.constexpr,
-                         PAD: tl.constexpr, N: tl.constexpr, NS: tl.constexpr, SOFTPLUS: tl.constexpr,
-                         EVERY: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr):
-        NB: tl.constexpr = 16 if NS > 16 else NS  # states in registers at a time
-        tiles: tl.constexpr = (DIM + BD - 1) // BD
-        b = (tl.program_id(0) // tiles).to(tl.int64)
-        batches = (tl.num_programs(0) // tiles).to(tl.int64)
-        d = tl.program_id(0) % tiles * BD + (tl.arange(0, BD) ^ zero)
-        n = tl.arange(0, NB)
-        nd = n[:, None] * PAD + d[None, :]  # (NB, BD)
-        rows = tl.cdiv(L, EVERY) * EVERY
-        u += b * u_batch + d
-        delta += b * delta_batch + d
-        if z is not None:
-            z += b * z_batch + d
-        y += b * L * DIM + d
-        A += nd
-        B += b * rows * NS + n
-        C += b * rows * NS + n
-        if gate is not None:
-            gate += b * rows
-        state += b * NS * PAD + nd
-        if saved is not None:
-            saved += b * N * DIM + n[:, None] * DIM + d[None, :]
-        shift = _channel(bias, d, DIM)
-        skip = _channel(D, d, DIM)
-        h = tl.load(state)
-        a = tl.load(A)
-        us = _rows(u, 0, L, d, DIM, U_ROW, T, EVEN)
-        xs = _rows(delta, 0, L, d, DIM, DELTA_ROW, T, EVEN)
-        zs = ()
-        if z is not None:
-            zs = _rows(z, 0, L, d, DIM, Z_ROW, T, EVEN)
-        for t in range(0, L, T):
-            x = ()  # the steps
-            v = ()
-            o = ()
-            for i in tl.static_range(T):
-                xi = xs[i].to(tl.float32) + shift
-                if SOFTPLUS:
-                    xi = _softplus(xi)
-                if not EVEN:
-                    xi = tl.where(t + i < L, xi, 0.0)  # past the end nothing decays and nothing is added
-                x += (xi,)
-                v += (xi * us[i].to(tl.float32),)
-                o += (skip * us[i].to(tl.float32),)
-            zi = zs
-            ahead = tl.where(t + T < L, T, 0)  # the next rows are on their way while these are computed
-            u += ahead * U_ROW
-            delta += ahead * DELTA_ROW
-            us = _rows(u, t + T, L, d, DIM, U_ROW, T, EVEN)
-            xs = _rows(delta, t + T, L, d, DIM, DELTA_ROW, T, EVEN)
-            if z is not None:
-                z += ahead * Z_ROW
-                zs = _rows(z, t + T, L, d, DIM, Z_ROW, T, EVEN)
-            for k in range(0, NS, NB):
-                if NS > NB:
-                    h = tl.load(state + k * PAD)
-                    a = tl.load(A + k * PAD)
-                if saved is not None and t % EVERY == 0:
-                    tl.store(saved + k * DIM, h, mask=(n + k < N)[:, None] & (d < DIM)[None, :])
-                p = ()
-                for i in tl.static_range(T):
-                    xa = x[i][None, :] * a
-                    if gate is not None:
-                        xa += tl.load(gate + i)
-                    h = _exp2(xa) * h + v[i][None, :] * tl.load(B + i * NS + k)[:, None]
-                    p += (o[i] + tl.sum(h * tl.load(C + i * NS + k)[:, None], 0),)
-                o = p
-                if NS > NB:
-                    tl.store(state + k * PAD, h)
-            for i in tl.static_range(T):
-                yi = o[i]
-                if z is not None:
-                    yi *= zi[i].to(tl.float32) * _sigmoid(zi[i].to(tl.float32))
-                _store(y + i * DIM, yi, d < tl.where(t + i < L, DIM, 0), EVEN)
-            y += T * DIM
-            B += T * NS
-            C += T * NS
-            if gate is not None:
-                gate += T
-            if saved is not None and t % EVERY == 0:
-                saved += batches * N * DIM
-        if NS <= NB:
-            tl.store(state, h)
+    # Both scans cut time as well as channels: a warp of channels on each scheduler is often all that there is, and it
+    # waits most of the time (with a thread for each channel, an H200 issued an instruction in 14 % of its cycles). A
+    # program takes R Q channels of one row of the batch, segment after segment of S T positions. Memory sees rows,
+    # (S T, R Q); the scan sees T tensors (R, Q, S), R warps, Q channels, S = 8 lanes of subsequences: each thread scans
+    # T positions from zero, 8 lanes agree on what enters each, and each scans again from there; a decay is made once.
 
     @triton.jit
     def _unstack(x, T: tl.constexpr):
@@ -902,11 +810,33 @@ if triton is not None:
             return tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], T])
 
     @triton.jit
-    def _steps(ptr, T: tl.constexpr):
-        # T consecutive floats behind each of the (R, Q, S) pointers -> T of (R, Q, S), by loads of 16 bytes
-        four = tl.arange(0, T // 4)[:, None, None, None, None] * 4
-        x = tl.permute(tl.load(ptr[None, :, :, :, None] + four + tl.arange(0, 4)), [1, 2, 3, 0, 4])
-        return _unstack(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], T]), T)
+    def _ahead(ptr, T: tl.constexpr):
+        # what _by_segment laid out behind ptr, (T / 4, 1, 1, S, 4), spread over all threads: on its way from memory it
+        # takes each of them a register or two
+        four = tl.arange(0, T // 4)[:, None, None, None, None] * 32
+        return tl.load(ptr + four + tl.arange(0, 8)[None, None, None, :, None] * 4 + tl.arange(0, 4))
+
+    @triton.jit
+    def _steps(x, T: tl.constexpr):
+        # (T / 4, 1, 1, S, 4) -> T of (1, 1, S), each to the lanes that need it
+        return _unstack(tl.reshape(tl.permute(x, [1, 2, 3, 0, 4]), [1, 1, 8, T]), T)
+
+    @triton.jit
+    def _get(ptr, i, c, L, ROW: tl.constexpr, DIM: tl.constexpr, EVEN: tl.constexpr):
+        ok = (i < L)[:, None] & (c < DIM)[None, :]
+        return _load(ptr + i[:, None].to(tl.int64) * ROW + c[None, :], ok, EVEN).to(tl.float32)
+
+    @triton.jit
+    def _put(ptr, x, i, c, L, DIM: tl.constexpr, EVEN: tl.constexpr):
+        _store(ptr + i[:, None].to(tl.int64) * DIM + c[None, :], x, (i < L)[:, None] & (c < DIM)[None, :], EVEN)
+
+    @triton.jit
+    def _by_position(x, R: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, T: tl.constexpr):
+        return _unstack(tl.permute(tl.reshape(x, [S, T, R, Q]), [2, 3, 0, 1]), T)
+
+    @triton.jit
+    def _by_row(x, R: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, T: tl.constexpr):
+        return tl.reshape(tl.permute(_stack(x, T), [2, 3, 0, 1]), [S * T, R * Q])
 
     @triton.jit
     def _carry(e, p, first, edge, near, mid, far):
@@ -924,55 +854,140 @@ if triton is not None:
         # ptr += the sum of x over its last axis, by one thread
         tl.store(ptr + tl.zeros(x.shape, tl.int32), tl.load(ptr) + tl.sum(x, 2)[:, :, None], mask=one)
 
-    # A segment of 8 x 16 positions of 32 channels is a tile (T, R, Q, S): T = 16 positions in registers, R = 8 warps by
-    # Q = 4 lanes of channels, S = 8 lanes of subsequences; rows are tuples of T tensors (R, Q, S). So one checkpoint in
-    # 128 positions is enough, and every decay is computed once: each thread scans its 16 positions from zero, 8 lanes
-    # agree on what enters each, and each scans again from there; the gradient k of the state likewise, right to left.
-    @triton.jit(do_not_specialize=["zero", "L", "dy_batch", "u_batch", "delta_batch", "z_batch"])
-    def _scan_bwd_kernel(dy, u, delta, z, A, B, C, D, bias, gate, saved, dh, du, ddelta, dz, dA, dD, dbias, dBC, zero,
+    # `^ zero` (a zero at run time) hides that channels are contiguous: Triton would lay the tensors out by them.
+    @triton.jit(do_not_specialize=["zero", "L"])
+    def _scan_fwd_kernel(u, delta, z, A, BC, D, bias, reset, y, last, saved, zero, L, u_batch, delta_batch, z_batch,
+                         U_ROW: tl.constexpr, DELTA_ROW: tl.constexpr, Z_ROW: tl.constexpr, DIM: tl.constexpr,
+                         N: tl.constexpr, SOFTPLUS: tl.constexpr, EVERY: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+                         T: tl.constexpr, EVEN: tl.constexpr):
+        S: tl.constexpr = 8
+        groups: tl.constexpr = (DIM + R * Q - 1) // (R * Q)
+        b = (tl.program_id(0) // groups).to(tl.int64)
+        batches = tl.num_programs(0) // groups
+        first = tl.program_id(0) % groups * (R * Q)
+        s = tl.arange(0, S)[None, None, :] + tl.zeros([R, Q, S], tl.int32)
+        d = first + tl.arange(0, R)[:, None, None] * Q + (tl.arange(0, Q) ^ zero)[None, :, None]
+        c = first + tl.arange(0, R * Q)
+        none = tl.zeros([R, Q, S], tl.float32)
+        there = d < DIM
+        u += b * u_batch
+        delta += b * delta_batch
+        if z is not None:
+            z += b * z_batch
+        y += b * L * DIM
+        A += d * N
+        last += b * DIM * N + d * N
+        BC += b * tl.cdiv(L, S * T) * (N * 2 * S * T)
+        for start in range(0, L, S * T):
+            row = start + tl.arange(0, S * T)
+            u2 = _get(u, row, c, L, U_ROW, DIM, EVEN)
+            x2 = _get(delta, row, c, L, DELTA_ROW, DIM, EVEN) + _channel(bias, c, DIM)[None, :]
+            if SOFTPLUS:
+                x2 = _softplus(x2)
+            if not EVEN:  # past the end nothing decays and nothing is added
+                x2 = tl.where((row < L)[:, None], x2, 0.0)
+            v = _by_position(x2 * u2, R, Q, S, T)
+            o = _by_position(_channel(D, c, DIM)[None, :] * u2, R, Q, S, T)
+            if reset is not None:  # a step without end leaves nothing of the state before it
+                x2 = tl.where(tl.load(reset + b * L + row, mask=row < L, other=0)[:, None] != 0, float("inf"), x2)
+            x = _by_position(x2, R, Q, S, T)
+            x_sum = none
+            for i in tl.static_range(T):
+                x_sum += x[i]
+            t = start + s * T
+            if saved is not None:
+                kept = saved + (t // EVERY * batches + b) * N * DIM + d
+                keeps = (t % EVERY == 0) & (t < L) & there
+            a_next = tl.load(A, mask=there, other=-1.0)  # of the next n: these come from far away
+            left_next = tl.load(last, mask=there, other=0.0)
+            BC_next = _ahead(BC, 2 * T)
+            for n in range(N):
+                a = tl.where(a_next == 0.0, -1e-37, a_next * 1.4426950408889634)
+                left = left_next
+                BCn = _steps(BC_next, 2 * T)
+                ahead = tl.minimum(n + 1, N - 1)
+                a_next = tl.load(A + ahead, mask=there, other=-1.0)
+                left_next = tl.load(last + ahead, mask=there, other=0.0)
+                BC_next = _ahead(BC + ahead * (2 * S * T), 2 * T)
+                decay = ()
+                add = ()
+                h = none
+                for i in tl.static_range(T):
+                    decay += (_exp2(x[i] * a),)
+                    add += (v[i] * BCn[i],)
+                    h = decay[i] * h + add[i]
+                p = _exp2(x_sum * a)
+                h = _carry(h, p, left + none, s == 0, tl.maximum(s - 1, 0), tl.maximum(s - 2, 0), tl.maximum(s - 4, 0))
+                if saved is not None:
+                    tl.store(kept + n * DIM, h, mask=keeps)
+                o_new = ()
+                for i in tl.static_range(T):
+                    h = decay[i] * h + add[i]
+                    o_new += (o[i] + h * BCn[T + i],)
+                o = o_new
+                tl.store(last + n + s * 0, h, mask=(s == S - 1) & there)
+            y2 = _by_row(o, R, Q, S, T)
+            if z is not None:
+                z2 = _get(z, row, c, L, Z_ROW, DIM, EVEN)
+                y2 *= z2 * _sigmoid(z2)
+            _put(y, y2, row, c, L, DIM, EVEN)
+            BC += N * 2 * S * T
+            tl.debug_barrier()  # the next segment reads the states that other threads wrote
+
+    # The states are scanned again from the one kept at the segment's start, then the gradient k of the state likewise,
+    # right to left.
+    @triton.jit(do_not_specialize=["zero", "L"])
+    def _scan_bwd_kernel(dy, u, delta, z, A, BC, D, bias, gate, saved, dh, du, ddelta, dz, sums, dBC, zero,
                          L, dy_batch, u_batch, delta_batch, z_batch, DY_ROW: tl.constexpr, U_ROW: tl.constexpr,
                          DELTA_ROW: tl.constexpr, Z_ROW: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
-                         N: tl.constexpr, SOFTPLUS: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-                         EVEN: tl.constexpr):
-        Q: tl.constexpr = 4
+                         N: tl.constexpr, SOFTPLUS: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+                         T: tl.constexpr, EVEN: tl.constexpr):
         S: tl.constexpr = 8
         groups: tl.constexpr = PAD // (TILES * R * Q)
         b = (tl.program_id(0) // groups).to(tl.int64)
+        u += b * u_batch
+        delta += b * delta_batch
+        dy += b * dy_batch
+        if z is not None:
+            z += b * z_batch
+            dz += b * L * DIM
+        du += b * L * DIM
+        ddelta += b * L * DIM
         batches = tl.num_programs(0) // groups
         s = tl.arange(0, S)[None, None, :] + tl.zeros([R, Q, S], tl.int32)
-        i4 = tl.arange(0, T)[:, None, None, None]
         none = tl.zeros([R, Q, S], tl.float32)
         m = tl.arange(0, 2 * T * S)
         segments = tl.cdiv(L, S * T)
         rows = segments * (S * T)
         for back in range(segments):
             segment = segments - 1 - back
-            t = segment * (S * T) + s * T
-            t4 = t[None, :, :, :] + i4
-            at = t[None, :, :, :].to(tl.int64)
+            row = segment * (S * T) + tl.arange(0, S * T)
+            BC_at = BC + (b * segments + segment) * (N * 2 * S * T)
             for tile in range(TILES):
-                d = (tl.program_id(0) % groups * TILES + tile) * (R * Q) + tl.arange(0, R)[:, None, None] * Q
-                d += (tl.arange(0, Q) ^ zero)[None, :, None]
-                d4 = d[None, :, :, :]
-                ok = (d4 < DIM) & (t4 < L)
-                u4 = _load(u + b * u_batch + at * U_ROW + d4 + i4 * U_ROW, ok, EVEN).to(tl.float32)
-                x4 = _load(delta + b * delta_batch + at * DELTA_ROW + d4 + i4 * DELTA_ROW, ok, EVEN).to(tl.float32)
-                w4 = _load(dy + b * dy_batch + at * DY_ROW + d4 + i4 * DY_ROW, ok, EVEN).to(tl.float32)
-                x4 += _channel(bias, d4, DIM)
+                first = (tl.program_id(0) % groups * TILES + tile) * (R * Q)
+                c = first + tl.arange(0, R * Q)
+                d = first + tl.arange(0, R)[:, None, None] * Q + (tl.arange(0, Q) ^ zero)[None, :, None]
+                there = d < DIM
+                dh_at = dh + b * DIM * N + d * N
+                sums_at = sums + b * (N + 2) * PAD + d
+                x2 = _get(delta, row, c, L, DELTA_ROW, DIM, EVEN) + _channel(bias, c, DIM)[None, :]
+                w2 = _get(dy, row, c, L, DY_ROW, DIM, EVEN)
                 if SOFTPLUS:
-                    x4 = _softplus(x4)
+                    x2 = _softplus(x2)
                 if not EVEN:
-                    x4 = tl.where(t4 < L, x4, 0.0)
+                    x2 = tl.where((row < L)[:, None], x2, 0.0)
                 if z is not None:
-                    z4 = _load(z + b * z_batch + at * Z_ROW + d4 + i4 * Z_ROW, ok, EVEN).to(tl.float32)
-                    w4 *= z4 * _sigmoid(z4)
-                x = _unstack(tl.permute(x4, [1, 2, 3, 0]), T)
-                v = _unstack(tl.permute(x4 * u4, [1, 2, 3, 0]), T)
-                w = _unstack(tl.permute(w4, [1, 2, 3, 0]), T)  # the gradient of y before the gate
-                x_sum = tl.sum(x4, 0)
+                    z2 = _get(z, row, c, L, Z_ROW, DIM, EVEN)
+                    w2 *= z2 * _sigmoid(z2)
+                x = _by_position(x2, R, Q, S, T)
+                v = _by_position(x2 * _get(u, row, c, L, U_ROW, DIM, EVEN), R, Q, S, T)
+                w = _by_position(w2, R, Q, S, T)  # the gradient of y before the gate
+                x_sum = none
+                for i in tl.static_range(T):
+                    x_sum += x[i]
                 gate_sum = none
                 if gate is not None:
-                    gates = _steps(gate + b * rows + t, T)
+                    gates = _steps(_ahead(gate + b * rows + segment * (S * T), T), T)
                     for i in tl.static_range(T):
                         gate_sum += gates[i]
                 y = ()
@@ -981,21 +996,20 @@ if triton is not None:
                 gB = y  # sums over n, g the gradient of h: of g_t B_t
                 gaA = y  # and of g_t a_t h_(t-1) A
                 kept_at = saved + (segment * batches + b) * N * DIM + d
-                a_next = tl.load(A + d)  # of the next n: these come from far away
-                saved_next = tl.load(kept_at, mask=d < DIM, other=0.0)
-                dh_next = tl.load(dh + b * N * PAD + d)
+                a_next = tl.load(A + d * N, mask=there, other=-1.0)  # of the next n: these come from far away
+                saved_next = tl.load(kept_at, mask=there, other=0.0)
+                dh_next = tl.load(dh_at, mask=there, other=0.0)
+                BC_next = _ahead(BC_at, 2 * T)
                 for n in range(N):
-                    a = a_next
+                    a = a_next * 1.4426950408889634
                     left = saved_next
                     right = dh_next
                     ahead = tl.minimum(n + 1, N - 1)
-                    a_next = tl.load(A + ahead * PAD + d)
-                    saved_next = tl.load(kept_at + ahead * DIM, mask=d < DIM, other=0.0)
-                    dh_next = tl.load(dh + (b * N + ahead) * PAD + d)
-                    Bn = _steps(B + (b * N + n) * rows + t, T)
-                    Cn = _steps(C + (b * N + n) * rows + t, T)
-                    if gate is not None:
-                        gates = _steps(gate + b * rows + t, T)
+                    a_next = tl.load(A + d * N + ahead, mask=there, other=-1.0)
+                    saved_next = tl.load(kept_at + ahead * DIM, mask=there, other=0.0)
+                    dh_next = tl.load(dh_at + ahead, mask=there, other=0.0)
+                    BCn = _steps(BC_next, 2 * T)
+                    BC_next = _ahead(BC_at + ahead * (2 * S * T), 2 * T)
                     decay = ()
                     add = ()
                     h = none
@@ -1004,11 +1018,11 @@ if triton is not None:
                         if gate is not None:
                             xa += gates[i]
                         decay += (_exp2(xa),)
-                        add += (v[i] * Bn[i],)
+                        add += (v[i] * BCn[i],)
                         h = decay[i] * h + add[i]
                     k = none
                     for i in tl.static_range(T - 1, -1, -1):
-                        k = decay[i] * (w[i] * Cn[i] + k)
+                        k = decay[i] * (w[i] * BCn[T + i] + k)
                     p = _exp2(x_sum * a + gate_sum)
                     h = _carry(h, p, left, s == 0, tl.maximum(s - 1, 0), tl.maximum(s - 2, 0), tl.maximum(s - 4, 0))
                     k = _carry(k, p, right, s == 7, tl.minimum(s + 1, 7), tl.minimum(s + 2, 7), tl.minimum(s + 4, 7))
@@ -1018,7 +1032,7 @@ if triton is not None:
                     for i in tl.static_range(T):
                         kept += (decay[i] * h,)
                         h = kept[i] + add[i]
-                        y_new += (y[i] + h * Cn[i],)
+                        y_new += (y[i] + h * BCn[T + i],)
                         dC += (h * w[i],)
                     y = y_new
                     dB = ()  # from here on right to left
@@ -1026,45 +1040,44 @@ if triton is not None:
                     gaA_new = ()
                     da = none
                     for i in tl.static_range(T - 1, -1, -1):
-                        g = w[i] * Cn[i] + k
+                        g = w[i] * BCn[T + i] + k
                         k = decay[i] * g
                         q = g * kept[i]
                         dB += (g * v[i],)
-                        gB_new += (gB[i] + g * Bn[i],)
+                        gB_new += (gB[i] + g * BCn[i],)
                         gaA_new += (gaA[i] + q * a,)
                         da += q * x[i]
                     gB = gB_new[::-1]
                     gaA = gaA_new[::-1]
-                    tl.store(dh + (b * N + n) * PAD + d + tl.zeros([R, Q, S], tl.int32), k, mask=s == 0)
-                    _add(dA + (b * N + n) * PAD + d, da, s == 0)
+                    tl.store(dh_at + n + s * 0, k, mask=(s == 0) & there)
+                    _add(sums_at + n * PAD, da, s == 0)
                     # the split makes Triton move the channels into registers, where their sum costs one addition each
-                    c = tl.permute(_stack(dB[::-1] + dC, 2 * T), [0, 1, 3, 2])  # (R, Q, 2T, S)
-                    even, odd = tl.split(tl.permute(tl.reshape(c, [R * Q // 2, 2, 2 * T * S]), [0, 2, 1]))
+                    dBdC = tl.permute(_stack(dB[::-1] + dC, 2 * T), [0, 1, 3, 2])  # (R, Q, 2T, S)
+                    even, odd = tl.split(tl.permute(tl.reshape(dBdC, [R * Q // 2, 2, 2 * T * S]), [0, 2, 1]))
                     ptr = dBC + ((tl.program_id(0).to(tl.int64) * N + n) * segments + segment) * (2 * T * S) + m
                     tl.store(ptr, tl.load(ptr, mask=(m >= 0) & (tile > 0), other=0.0) + tl.sum(even + odd, 0))
-                y4 = tl.permute(_stack(y, T), [3, 0, 1, 2])
-                gB4 = tl.permute(_stack(gB, T), [3, 0, 1, 2])
-                dx4 = tl.permute(_stack(gaA, T), [3, 0, 1, 2]) * 0.6931471805599453  # A is A log2(e) here
-                x4 = tl.permute(_stack(x, T), [3, 0, 1, 2])
-                u4 = _load(u + b * u_batch + at * U_ROW + d4 + i4 * U_ROW, ok, EVEN).to(tl.float32)
-                w4 = _load(dy + b * dy_batch + at * DY_ROW + d4 + i4 * DY_ROW, ok, EVEN).to(tl.float32)
-                skip = _channel(D, d4, DIM)
-                out = (b * L + at) * DIM + d4 + i4 * DIM
+                y2 = _by_row(y, R, Q, S, T)
+                gB2 = _by_row(gB, R, Q, S, T)
+                dx2 = _by_row(gaA, R, Q, S, T) * 0.6931471805599453  # A is A log2(e) here
+                u2 = _get(u, row, c, L, U_ROW, DIM, EVEN)
+                w2 = _get(dy, row, c, L, DY_ROW, DIM, EVEN)
+                skip = _channel(D, c, DIM)[None, :]
                 if z is not None:
-                    z4 = _load(z + b * z_batch + at * Z_ROW + d4 + i4 * Z_ROW, ok, EVEN).to(tl.float32)
-                    sig = _sigmoid(z4)
-                    _store(dz + out, w4 * (y4 + skip * u4) * (sig + sig * z4 * (1.0 - sig)), ok, EVEN)
-                    w4 *= z4 * sig
-                _store(du + out, x4 * gB4 + skip * w4, ok, EVEN)
-                dx4 += u4 * gB4
+                    z2 = _get(z, row, c, L, Z_ROW, DIM, EVEN)
+                    sig = _sigmoid(z2)
+                    _put(dz, w2 * (y2 + skip * u2) * (sig + sig * z2 * (1.0 - sig)), row, c, L, DIM, EVEN)
+                    w2 *= z2 * sig
+                _put(du, _by_row(x, R, Q, S, T) * gB2 + skip * w2, row, c, L, DIM, EVEN)
+                dx2 += u2 * gB2
                 if SOFTPLUS:
-                    raw = _load(delta + b * delta_batch + at * DELTA_ROW + d4 + i4 * DELTA_ROW, ok, EVEN).to(tl.float32)
-                    dx4 *= _sigmoid(raw + _channel(bias, d4, DIM))
+                    raw = _get(delta, row, c, L, DELTA_ROW, DIM, EVEN) + _channel(bias, c, DIM)[None, :]
+                    dx2 *= _sigmoid(raw)
                 if not EVEN:
-                    dx4 = tl.where(ok, dx4, 0.0)
-                _store(ddelta + out, dx4, ok, EVEN)
-                _add(dD + b * PAD + d, tl.sum(w4 * u4, 0), s == 0)
-                _add(dbias + b * PAD + d, tl.sum(dx4, 0), s == 0)
+                    dx2 = tl.where((row < L)[:, None] & (c < DIM)[None, :], dx2, 0.0)
+                _put(ddelta, dx2, row, c, L, DIM, EVEN)
+                rest = sums + (b * (N + 2) + N) * PAD + c  # of D, then of the bias
+                tl.store(rest, tl.load(rest) + tl.sum(w2 * u2, 0))
+                tl.store(rest + PAD, tl.load(rest + PAD) + tl.sum(dx2, 0))
                 tl.debug_barrier()  # the next tile and segment read what other threads wrote
 
     @triton.jit
@@ -1275,60 +1288,63 @@ if triton is not None:
         xs = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in xs]
         return xs, *([0 if x is None else x.stride(i) for x in xs] for i in (0, 1))
 
-    def _padded(x, *shape, device):
-        """A new float32 tensor of this shape with x, if any, in its corner and zeros around it."""
-        out = torch.zeros(shape, device=device)
-        if x is not None:
-            out[tuple(map(slice, x.shape))] = x
+    def _state_copy(x, b, d, n, device):
+        """A new float32 (b, d, n) with what is in x, if any."""
+        if x is None:
+            return torch.zeros(b, d, n, device=device)
+        return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+    def _by_segment(T, *xs):
+        """xs (b, l, m) as the scans read them, float32 (b, segments, m, len(xs), T / 4, 8, 4), zero past the end:
+        position (8 segment + s) T + 4 j + i lies at [segment, j, s, i], so that 8 lanes read side by side."""
+        pad = -xs[0].shape[1] % (8 * T)
+        xs = [F.pad(x, (0, 0, 0, pad)) if pad else x for x in xs]
+        xs = [x.unflatten(1, (-1, 8, T // 4, 4)).permute(0, 1, 5, 3, 2, 4) for x in xs]
+        out = torch.empty(*xs[0].shape[:3], len(xs), *xs[0].shape[3:], device=xs[0].device)
+        for i, x in enumerate(xs):
+            out[:, :, :, i] = x
         return out
 
-    def _gate(reset, l):
-        """(b, l) summands to the exponents of the decays: -inf at a reset, where the decay is then exactly 0."""
-        gate = None if reset is None else torch.zeros(len(reset), l, device=reset.device)
-        if reset is not None:
-            gate[:, : reset.shape[1]].masked_fill_(reset, -math.inf)
-        return gate
+    def _gate(reset, T):
+        """Summands to the exponents of the decays: -inf at a reset, where the decay is then exactly 0."""
+        if reset is None:
+            return None
+        return _by_segment(T, torch.zeros_like(reset, dtype=torch.float32).masked_fill_(reset, -math.inf)[..., None])
 
     def _scan_fwd_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
         _refuse_float64("selective_scan", u)
         (b, l, d), n = u.shape, A.shape[1]
-        segments, lanes = triton.cdiv(l, SEGMENT), triton.cdiv(d, LANES)
-        ns = triton.next_power_of_2(n) if n < 16 else triton.cdiv(n, 16) * 16
+        T, width = FWD["T"], FWD["R"] * FWD["Q"]
         (u, delta, z), batch, row = _rows_contiguous(u, delta, z)
         y = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
-        h0 = None if initial_state is None else initial_state.transpose(1, 2)
-        state = _padded(h0, b, ns, lanes * LANES, device=u.device)
-        saved = state.new_empty(segments if save else 0, b * n * d)
-        A2 = _padded(A.t() / math.log(2), ns, lanes * LANES, device=u.device)
-        B, C = (_padded(x, b, segments * SEGMENT, ns, device=u.device) for x in (B, C))
-        _scan_fwd_kernel[(lanes * b,)](
-            u, delta, z, A2, B, C, D, delta_bias, _gate(reset, segments * SEGMENT), y, state, saved if save else None,
-            0, l, *batch, *row, DIM=d, PAD=lanes * LANES, N=n, NS=ns, SOFTPLUS=delta_softplus, EVERY=SEGMENT, T=8,
-            BD=LANES, EVEN=l % 8 == 0 and d % LANES == 0, num_warps=1, num_stages=1, enable_fp_fusion=True)
-        return y, state[:, :n, :d].transpose(1, 2).contiguous(), saved
+        last = _state_copy(initial_state, b, d, n, u.device)
+        saved = last.new_empty(triton.cdiv(l, SEGMENT) if save else 0, b * n * d)
+        _scan_fwd_kernel[(triton.cdiv(d, width) * b,)](
+            u, delta, z, A.float().contiguous(), _by_segment(T, B, C), D, delta_bias,
+            None if reset is None else reset.contiguous(), y, last, saved if save else None, 0, l, *batch, *row, DIM=d,
+            N=n, SOFTPLUS=delta_softplus, EVERY=SEGMENT, **FWD, EVEN=l % (8 * T) == 0 and d % width == 0,
+            num_warps=FWD["R"], num_stages=1, maxnreg=128, enable_fp_fusion=True)
+        return y, last, saved
 
     def _scan_bwd_triton(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
         (b, l, d), n = u.shape, A.shape[1]
-        segments, lanes = triton.cdiv(l, SEGMENT), triton.cdiv(d, LANES)
-        tiles = min(4, max(1, b * lanes // 128))  # a program: fewer partial sums, but no SM without one
-        groups = triton.cdiv(lanes, tiles)
-        pad = groups * tiles * LANES
+        T, width, segments = BWD["T"], BWD["R"] * BWD["Q"], triton.cdiv(l, SEGMENT)
+        tiles = min(4, max(1, b * triton.cdiv(d, width) // 128))  # a program: fewer partial sums, but no SM without one
+        groups = triton.cdiv(d, width * tiles)
+        pad = groups * tiles * width
         dy = torch.zeros_like(u) if dy is None else dy
         (dy, u, delta, z), batch, row = _rows_contiguous(dy, u, delta, z)
         du, ddelta, dz = (None if x is None else x.new_empty(b, l, d) for x in (u, delta, z))
-        dh = _padded(None if dlast is None else dlast.transpose(1, 2), b, n, pad, device=u.device)
-        dA, dD, dbias = dh.new_zeros(b, n, pad), dh.new_zeros(b, pad), dh.new_zeros(b, pad)
-        dBC = dh.new_empty(b, groups, n, segments, 2, 16, 8)  # one partial sum a group of channels
-        A2 = _padded(A.t() / math.log(2), n, pad, device=u.device)
-        B, C = (_padded(x.transpose(1, 2), b, n, segments * SEGMENT, device=u.device) for x in (B, C))
+        dh = _state_copy(dlast, b, d, n, u.device)
+        sums = dh.new_zeros(b, n + 2, pad)  # of A, D and the bias, for each row of the batch
+        dBC = dh.new_empty(b, groups, n, segments, 2, T, 8)  # one partial sum a group of channels
         _scan_bwd_kernel[(groups * b,)](
-            dy, u, delta, z, A2, B, C, D, delta_bias, _gate(reset, segments * SEGMENT), saved, dh, du, ddelta, dz, dA,
-            dD, dbias, dBC, 0, l, *batch, *row, DIM=d, PAD=pad, N=n, SOFTPLUS=delta_softplus, TILES=tiles, R=8, T=16,
-            EVEN=l % SEGMENT == 0 and d == pad, num_warps=8, num_stages=1, enable_fp_fusion=True)
-        dBC = dBC.sum(1).permute(3, 0, 2, 5, 4, 1).reshape(2, b, segments * SEGMENT, n)
-        dB, dC = (x[:, :l].clone() for x in dBC)
-        dA, dD, dbias, dh = dA.sum(0)[:, :d].t(), dD.sum(0)[:d], dbias.sum(0)[:d], dh[:, :, :d].transpose(1, 2)
-        return du, ddelta, dA, dB, dC, dD, dz, dbias, dh
+            dy, u, delta, z, A.float().contiguous(), _by_segment(T, B, C), D, delta_bias, _gate(reset, T), saved, dh,
+            du, ddelta, dz, sums, dBC, 0, l, *batch, *row, DIM=d, PAD=pad, N=n, SOFTPLUS=delta_softplus, TILES=tiles,
+            **BWD, EVEN=l % SEGMENT == 0 and d == pad, num_warps=BWD["R"], num_stages=1, enable_fp_fusion=True)
+        dB, dC = (x.permute(0, 2, 4, 3, 1).reshape(b, -1, n)[:, :l] for x in dBC.sum(1).unbind(3))
+        dA, dD, dbias = sums.sum(0)[:, :d].split((n, 1, 1))
+        return du, ddelta, dA.t(), dB, dC, dD[0].clone(), dz, dbias[0].clone(), dh  # no two may share their storage
 
     def _conv_launch(x, weight, initial_state, reset, dilation, rows):
         """What both convolution kernels are launched with: 64 rows of a phase and 128 channels a program."""
@@ -1347,10 +1363,13 @@ if triton is not None:
         grid, parts, weight, state, document, options = _conv_launch(x, weight, initial_state, reset, dilation, 0)
         y = torch.empty(b, l, d, dtype=x.dtype, device=x.device)
         _conv_fwd_kernel[grid](x, weight, bias, state, document, y, parts, l, x_batch, x_row, SILU=silu, T=8, **options)
-        state = x.new_zeros(b, span, d) if state is None else state
-        final = torch.cat([state[:, l:], x[:, max(0, l - span) :]], 1)
-        tail = None if reset is None else (F.pad(document, (span, 0))[:, l:] == document[:, -1:])[..., None]
-        return y, _where(tail, final)
+        final = x[:, l - span :]
+        if l < span:
+            final = torch.cat([x.new_zeros(b, span - l, d) if state is None else state[:, l:], x], 1)
+        if reset is None:
+            return y, final.clone()
+        tail = document[:, l - span :] if l >= span else F.pad(document, (span - l, 0))
+        return y, _where((tail == document[:, -1:])[..., None], final)
 
     def _conv_bwd_triton(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
         dy = torch.zeros_like(x) if dy is None else dy
@@ -1362,8 +1381,8 @@ if triton is not None:
         dweight = torch.empty(b * parts, W + 1, d, device=x.device)  # a partial sum a program; the last row is of bias
         _conv_bwd_kernel[grid](dy, dfinal, x, weight, bias, state, document, dx, dstate, dweight, parts, l, dy_batch,
                                dy_row, x_batch, x_row, SILU=silu, T=4, **options)
-        *dweight, dbias = dweight.sum(0)
-        return dx, torch.stack(dweight, 1), dbias, dstate
+        dweight, dbias = dweight.sum(0).split((W, 1))
+        return dx, dweight.t(), dbias[0].clone(), dstate
 
     def _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset):
         _refuse_float64("selective_scan_step", u)
@@ -1584,8 +1603,8 @@ conv_fwd.register_autograd(_conv_fwd_grad, setup_context=_conv_fwd_setup)
 conv_bwd.register_autograd(_conv_bwd_grad, setup_context=_conv_bwd_setup)
 
 
-# On a CPU eager calls go past the operators: their first use imports torch._dynamo, seconds of a start, and each call
-# costs more than a small block of work. Only a derivative of the derivative needs the operator again.
+# Eager calls go past the operators: their first use imports torch._dynamo, seconds of a start, and each call costs more
+# than a small block of work. Only a derivative of the derivative needs the operator again.
 
 class _EagerScan(torch.autograd.Function):
     @staticmethod
@@ -1612,7 +1631,8 @@ class _EagerConv(torch.autograd.Function):
 
 
 def _eager(x):
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    usual = type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda")
+    return usual and not torch.compiler.is_compiling()
 
 
 # ---------------------------------------------------------------- the public functions

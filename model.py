@@ -311,8 +311,8 @@ class MultiHeadAttention(nn.Module):
             v = torch.cat((past_v.to(v.dtype), v), dim=2)
         S = k.shape[2]
         new_k, new_v = last(k, self.window - 1, 2), last(v, self.window - 1, 2)
-        if T > 1:
-            new_k, new_v = new_k.contiguous(), new_v.contiguous()  # or the state would hold on to all of k and v
+        if T > 1:  # or the state would hold on to all of k and v, and compiled code meet other strides than at first
+            new_k, new_v, valid = new_k.contiguous(), new_v.contiguous(), valid.contiguous()
 
         if self.rope:
             cos, sin = constant_rotary_table(S, C // self.n_head, x.dtype, x.device)
@@ -695,7 +695,7 @@ class NGramEmbedding(nn.Module):
             h = (h ^ (h >> 29)) * 0x2545F4914F6CDD1D + token + 1
             if n in self.orders:
                 rows.append((h ^ (h >> 32)) % self.rows + len(rows) * self.rows)
-        past = tokens[:, T:]
+        past = tokens[:, T:].contiguous()
         if reset is not None:
             past = torch.where(document[:, T:] == document[:, -1:], past, -1)
         rows, weights = torch.stack(rows, dim=-1).flatten(0, 1), None  # (B T, orders)
@@ -773,12 +773,12 @@ class GPT(nn.Module):
     def initial_state(self, B: int, dtype: torch.dtype | None = None) -> dict:
         """The state at the start of a stream, as explicit tensors; dtype is that of the activations."""
         weight = self.wte.weight
-        layers = [block.mixer.initial_state(B, weight.device, dtype or weight.dtype) for block in self.h]
-        state = {"layers": layers}
+        state = {}
         if self.wpe is not None:
             state["pos"] = torch.zeros(B, dtype=torch.long, device=weight.device)
         if self.ngrams is not None:
             state["ngrams"] = self.ngrams.initial_state(B, weight.device)
+        state["layers"] = [block.mixer.initial_state(B, weight.device, dtype or weight.dtype) for block in self.h]
         return state
 
     def next_block(self, state: dict) -> dict:

@@ -45,11 +45,11 @@ CLASSES = {
 }
 # How often each buffer travels between memory and the chip: reads and writes. What a program touches again at once
 # (the second read of u in the backward, dBC while a program adds to it) stays in its caches; test_triton.py counts
-# the requests. A2, B, C are float32 copies that the launch makes, dBC is summed after it.
+# the requests. BC is a float32 copy of B and C that the launch makes, sums and dBC are summed after it.
 TRAFFIC = {
-    "selective_scan_fwd": "u:r delta:r z:r y:w saved:w A:wr B:wr C:wr gate:wr state:wrw D:r bias:r",
-    "selective_scan_bwd": "dy:r u:r delta:r z:r du:w ddelta:w dz:w saved:r A:wr B:wr C:wr gate:wr dh:wrw dA:wrwr "
-                          "dBC:wr dD:wrwr dbias:wrwr D:r bias:r",
+    "selective_scan_fwd": "u:r delta:r z:r y:w saved:w A:r BC:wr reset:r last:wrw D:r bias:r",
+    "selective_scan_bwd": "dy:r u:r delta:r z:r du:w ddelta:w dz:w saved:r A:r BC:wr gate:wr dh:wrw sums:wrwr dBC:wr "
+                          "D:r bias:r",
     "causal_conv1d_fwd": "x:r y:w weight:r bias:r document:wr",
     "causal_conv1d_bwd": "dy:r x:r dx:w dweight:wr weight:r bias:r document:wr",
 }
@@ -157,9 +157,9 @@ def disassemble(compiled):
 def trips(name, a):
     """How often each nested loop runs, outermost first."""
     if name == "selective_scan_fwd":
-        return [L // a["T"]]
+        return [L // (8 * a["T"]), a["N"]]
     if name == "selective_scan_bwd":
-        return [L // kernels.SEGMENT, a["TILES"], a["N"]]
+        return [L // (8 * a["T"]), a["TILES"], a["N"]]
     return [math.ceil((a["ROWS"] + (a["W"] - 1 if name == "causal_conv1d_bwd" else 0)) / a["T"])]
 
 
@@ -191,7 +191,7 @@ def row(name, sm, dtype, reset):
     for i, op in enumerate(instructions):
         inside = [n for (first, last), n in zip(loops, runs) if first <= i <= last]
         counts[op] += math.prod(inside)
-        spills += bool(inside) and op in ("LDL", "STL")
+        spills += len(inside) == len(loops) and op in ("LDL", "STL")
     programs, warps = math.prod(grid), arguments["num_warps"]
     elements = B * L * D * (N if "scan" in name else 1)
     scale = programs * warps * 32 / elements

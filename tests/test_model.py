@@ -469,6 +469,19 @@ def test_compiled_model_is_one_graph_with_equal_gradients():
             close(a, b)
 
 
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("T", [3, 8])
+def test_a_state_keeps_its_form(kind, T):
+    """Shapes, strides and dtypes of the first one, or a compiled model would be compiled again for the second block."""
+    for dtype, weights in (torch.float64, torch.float64), (torch.bfloat16, torch.float32):
+        model = make(kind).to(weights)
+        first = model.initial_state(2, dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            second = model(torch.randint(V, (2, T)), state=first)[2]
+        forms = [[(t.shape, t.stride(), t.dtype) for t in tensors(state)] for state in (first, second)]
+        assert forms[0] == forms[1]
+
+
 def test_autocast_leaves_the_residual_stream_in_float32(monkeypatch):
     import model as module
     dtypes, attend = [], module.attend
