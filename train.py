@@ -25,6 +25,7 @@ import re
 import shlex
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_origin
 
@@ -726,13 +727,23 @@ class Run:
             "config": self.settings.model_dump(by_alias=True), "tokenizer": self.tokenizer.name,
         }
 
-    def save(self, name: str):
-        run = self.snapshot()
-        if self.rank == 0:
+    @contextlib.contextmanager
+    def saving(self, best: bool, step: bool):
+        """Within, a thread writes the run as it is now, as the best model, as the step's checkpoint, or both: the disk
+        takes as long as what an evaluation shows. All processes call this together."""
+        names = ["best_model.pt"] * best + [f"checkpoint_step_{self.step:06d}.pt"] * step
+        run = self.snapshot() if names else None
+        with ThreadPoolExecutor(1) as pool:
+            written = pool.submit(self.write, run, names if self.rank == 0 else [])
+            yield
+            written.result()
+
+    def write(self, run: dict, names: list[str]):
+        for name in names:
             with replacing(self.folder / name) as file:
                 torch.save(run, file)
-            for path in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
-                path.unlink()
+        for path in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
+            path.unlink()
 
     def seconds(self) -> float:
         return self.seconds_before + time.time() - START
@@ -757,8 +768,8 @@ class Run:
         for key, value in values.items():
             self.writer.add_scalar(key, value, self.step)
 
-    def evaluate(self):
-        """Both validation losses, the best model, the plot and a sample; leaves the training state as it was."""
+    def evaluate(self) -> bool:
+        """Both validation losses; leaves the training state as it was. Returns whether val_loss is the lowest yet."""
         config, eot = self.config, self.tokenizer.eot
         lanes = eval_lanes(self.val_tokens, config.eval_lanes, config.block_size, eot)
         blocks = eval_blocks(self.val_tokens, config.batch_size, config.block_size, eot)
@@ -769,13 +780,16 @@ class Run:
         self.log(val_loss=val_loss, val_loss_reset=reset_loss, val_bits_per_byte=bits, params=self.model.num_params())
         self.say(f"step {self.step}: val_loss {val_loss:.4f} nats/token with the state carried ({bits:.4f} bits/byte), "
                  f"{reset_loss:.4f} with each block on its own")
-        if val_loss < self.best_val_loss:
-            self.best_val_loss = val_loss
-            self.save("best_model.pt")
+        best = val_loss < self.best_val_loss
+        self.best_val_loss = val_loss if best else self.best_val_loss
+        return best
+
+    def show(self):
+        """The plot and a sample; leaves the training state as it was."""
         if self.rank == 0:
             plot_losses(self.metrics, self.folder / "loss.png")
             generator = torch.Generator(self.device).manual_seed(self.settings.seed)
-            start = torch.full((1, 1), eot, device=self.device)
+            start = torch.full((1, 1), self.tokenizer.eot, device=self.device)
             with self.autocast:
                 tokens = list(generate(self.model, start, SAMPLE_TOKENS, generator=generator,
                                        n_vocab=self.tokenizer.n_vocab))
@@ -859,11 +873,15 @@ class Run:
                              tokens_per_second=round(speed))
                     losses, clock = [], time.time()
                 paused, stop = time.time(), self.stop_requested()
+                saves = self.step % config.checkpoint_interval == 0 or last or stop
                 if (self.step % config.eval_interval == 0 or last) and not stop:
                     with self.as_written():
-                        self.evaluate()
-                if self.step % config.checkpoint_interval == 0 or last or stop:
-                    self.save(f"checkpoint_step_{self.step:06d}.pt")
+                        best = self.evaluate()
+                        with self.saving(best, saves):
+                            self.show()
+                elif saves:
+                    with self.saving(best=False, step=True):
+                        pass
                 clock += time.time() - paused
         return not stop
 
@@ -910,7 +928,7 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         Run(settings, device, rank, world_size).main()
-    except (RunError, SampleError, DataError) as error:
+    except (RunError, SampleError, DataError, OSError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -266,6 +266,21 @@ def test_files_of_a_run(folder):
     assert vals[-1]["val_bits_per_byte"] == pytest.approx(vals[-1]["val_loss"] / math.log(2), rel=1e-6)
 
 
+def test_a_file_that_cannot_be_written_ends_the_run(folder, monkeypatch):
+    """What the writing thread meets, the run does; and nothing half-written stays."""
+    def full(run, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    run("--max_iters", 4, "--eval_interval", 2)
+    before = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        run("--max_iters", 6, "--eval_interval", 2, "--init_from", "resume")
+    assert {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")} == before
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
 def test_validation_losses_cover_the_split_once(folder):
     """Both numbers against a float64 model that reads the whole split (or each block) in one call."""
     this = run("--max_iters", 3, "--eval_lanes", 1, "--eval_iters", "null", "--batch_size", 4)
