@@ -770,6 +770,42 @@ class GPT(nn.Module):
             if leaf in ("c_proj", "W_out", "out_proj") and self.config.zero_init:
                 nn.init.zeros_(module.weight)
 
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, **keys) -> "GPT":
+        """A GPT-2 or Mamba-1 of the Hugging Face hub by its name (gpt2, state-spaces/mamba-130m-hf), or one in a folder
+        that save_pretrained wrote, with the logits that transformers gives, to float32 rounding. keys go over the
+        model's own; a smaller block_size cuts the table of positions. ValueError for any other kind of model, and
+        transformers' own errors where nothing can be loaded."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        c = AutoConfig.from_pretrained(name_or_path)
+        if c.model_type == "gpt2" and c.activation_function in ("gelu_new", "gelu_pytorch_tanh"):
+            own = dict(block_size=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, bias=True,
+                       position="learned", norm="layernorm", activation="gelu_tanh",
+                       ffn_mult=(c.n_inner or 4 * c.n_embd) / c.n_embd)
+            names = {"transformer.": "", ".attn.": ".mixer.", ".mlp.": ".ffn."}
+        elif c.model_type == "mamba" and c.hidden_act == "silu" and c.use_conv_bias and not c.use_bias:
+            own = dict(n_embd=c.hidden_size, n_layer=c.num_hidden_layers, attention_type="mamba", ffn_mult=0.0,
+                       d_state=c.state_size, d_conv=c.conv_kernel, expand=c.expand, dt_rank=int(c.time_step_rank))
+            names = {"backbone.": "", "embeddings.": "wte.", "layers.": "h.", ".norm.": ".ln_1.", "norm_f.": "ln_f."}
+        else:
+            raise ValueError(f"{name_or_path}: a {c.model_type} model; GPT-2 and Mamba-1 in their usual forms will do")
+        own |= dict(vocab_size=c.vocab_size, norm_eps=c.layer_norm_epsilon, tie_weights=c.tie_word_embeddings)
+        model = cls(GPTConfig(**own | keys))
+        if "position" in own and model.config.block_size > c.n_positions:
+            raise ValueError(f"block_size: {model.config.block_size}, but {name_or_path} has {c.n_positions} positions")
+        ours, theirs = model.state_dict(), AutoModelForCausalLM.from_pretrained(name_or_path).state_dict()
+        for key, weight in theirs.items():
+            for old, new in names.items():
+                key = key.replace(old, new)
+            if key == "wpe.weight":
+                weight = weight[: model.config.block_size]
+            elif c.model_type == "gpt2" and ".c_" in key and weight.dim() == 2:
+                weight = weight.t()  # GPT-2 keeps its matrices as (in, out)
+            ours[key] = weight
+        model.load_state_dict(ours)
+        return model
+
     def initial_state(self, B: int, dtype: torch.dtype | None = None) -> dict:
         """The state at the start of a stream, as explicit tensors; dtype is that of the activations."""
         weight = self.wte.weight

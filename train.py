@@ -119,7 +119,7 @@ class Settings(BaseModel):
     compile: bool | Literal["layers"] = Field(
         True, description='compile: on GPUs the model, on CPUs scan and convolutions, "layers": whole layers too')
     seed: NonNegativeInt = Field(1337, description="seed of initialisation, data order and dropout")
-    init_from: str = Field("scratch", description="scratch, resume, or a checkpoint to start from")
+    init_from: str = Field("scratch", description="scratch, resume, a checkpoint to start from, or gpt2")
 
 
 DEFAULT_FILE = {
@@ -620,11 +620,24 @@ class Run:
             checkpoint = newest_checkpoint(self.folder)
             check_resumable(checkpoint, self.settings, self.corpus.fingerprint, self.world_size)
             return checkpoint
-        checkpoint = load_checkpoint(Path(init_from))
+        is_hub = not (init_from.endswith(".pt") or Path(init_from).is_file())
+        checkpoint = self.pretrained() if is_hub else load_checkpoint(Path(init_from))
         if checkpoint["tokenizer"] != self.tokenizer.name:
             raise RunError(f"tokenizer: {self.tokenizer.name}, but {init_from} was trained on "
                            f"{checkpoint['tokenizer']}; add --tokenizer {checkpoint['tokenizer']}")
         return checkpoint
+
+    def pretrained(self) -> dict:
+        """GPT-2 from the Hugging Face hub, or from a folder of that form, as if it were a checkpoint of ours."""
+        name = self.settings.init_from
+        try:
+            model = GPT.from_pretrained(name, block_size=self.config.block_size)
+        except (OSError, ValueError, ImportError) as error:
+            raise RunError(f"init_from: {name} is no checkpoint of ours, and as a model of the Hugging Face hub or a "
+                           f"folder of that form it cannot be loaded: {str(error).splitlines()[0]}") from None
+        if (model.config.position, model.config.vocab_size) != ("learned", 50257):
+            raise RunError(f"init_from: {name} was trained on tokens that no tokenizer here makes; GPT-2 will do")
+        return {"model_args": model.config.model_dump(), "model": model.state_dict(), "tokenizer": "gpt2"}
 
     def build_model(self, checkpoint: dict | None):
         config, settings, n_vocab = self.config, self.settings, self.tokenizer.n_vocab

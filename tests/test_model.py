@@ -630,52 +630,48 @@ def test_config_refuses(keys, words):
 
 # -- the reference models
 
-def test_gpt2_logits_equal_transformers():
+def test_gpt2_logits_equal_transformers(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=91, n_positions=32, n_embd=24, n_layer=3, n_head=3)).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p += 0.1 * torch.randn_like(p)
-    ours = GPT(GPTConfig(vocab_size=91, block_size=32, n_embd=24, n_layer=3, n_head=3, position="learned", bias=True,
-                         norm="layernorm", activation="gelu_tanh")).eval()
-    names = {"h.{}.ln_1": "h.{}.ln_1", "h.{}.mixer.c_attn": "h.{}.attn.c_attn", "h.{}.mixer.c_proj": "h.{}.attn.c_proj",
-             "h.{}.ln_2": "h.{}.ln_2", "h.{}.ffn.c_fc": "h.{}.mlp.c_fc", "h.{}.ffn.c_proj": "h.{}.mlp.c_proj"}
-    source, mapped = theirs.transformer.state_dict(), {}
-    for i in range(3):
-        for mine, other in names.items():
-            for part in ("weight", "bias"):
-                t = source[f"{other.format(i)}.{part}"]
-                mapped[f"{mine.format(i)}.{part}"] = t.T if part == "weight" and "ln_" not in mine else t
-    for key in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"):
-        mapped[key] = source[key]
-    mapped["lm_head.weight"] = source["wte.weight"]
-    ours.load_state_dict(mapped)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path).eval()
     idx = torch.randint(91, (2, 32))
     with torch.no_grad():
         expected = theirs(idx).logits
         close(ours(idx)[0], expected, 1e-5)
         stepped, _ = run_chunks(ours, idx, [1] * 32, state=ours.initial_state(2))
     close(stepped, expected, 1e-5)
+    cut = GPT.from_pretrained(tmp_path, block_size=8, dropout=0.1)
+    assert cut.config.block_size == 8 and cut.config.dropout == 0.1
+    close(cut.eval()(idx[:, :8])[0], expected[:, :8], 1e-5)
+    with pytest.raises(ValueError, match=r"block_size: 33, but .* has 32 positions"):
+        GPT.from_pretrained(tmp_path, block_size=33)
 
 
-def test_mamba_logits_equal_transformers():
+def test_other_models_are_refused(tmp_path):
+    from transformers import LlamaConfig
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a llama model; GPT-2 and Mamba-1"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_mamba_logits_equal_transformers(tmp_path, tied):
     from transformers import MambaConfig, MambaForCausalLM
     torch.manual_seed(0)
     theirs = MambaForCausalLM(MambaConfig(vocab_size=91, hidden_size=24, state_size=5, num_hidden_layers=3,
-                                          residual_in_fp32=False)).eval()
+                                          residual_in_fp32=False, tie_word_embeddings=tied)).eval()
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if "A_log" not in name:
                 p += 0.1 * torch.randn_like(p)
-    ours = GPT(GPTConfig(vocab_size=91, n_embd=24, n_layer=3, attention_type="mamba", d_state=5, ffn_mult=0,
-                         tie_weights=False)).eval()
-    mapped = {}
-    for key, t in theirs.backbone.state_dict().items():
-        key = key.replace("layers.", "h.").replace(".norm.", ".ln_1.").replace("norm_f", "ln_f")
-        mapped[key.replace("embeddings", "wte")] = t
-    mapped["lm_head.weight"] = theirs.lm_head.weight
-    ours.load_state_dict(mapped)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path).eval()
+    assert ours.config.tie_weights == tied and (ours.lm_head.weight is ours.wte.weight) == tied
     idx = torch.randint(91, (2, 33))
     with torch.no_grad():
         expected = theirs(idx, use_cache=False).logits

@@ -322,6 +322,28 @@ def test_a_run_from_a_checkpoint_keeps_its_model_and_sets_its_own_noise(folder, 
     assert note.endswith("differs in: ngram_orders")
 
 
+def test_a_run_from_gpt2(folder, capsys, gpt2_cache):
+    """A folder as the Hugging Face hub has them: its weights in blocks of our own size, with its logits at first."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2))
+    theirs.save_pretrained(folder / "hub")
+    for path in (folder / "dataset").iterdir():
+        path.write_bytes(path.read_bytes()[:3000])
+    common = ["--init_from", "hub", "--tokenizer", "gpt2", "--max_iters", 1, "--dropout", "0.1"]
+    this = run(*common, "--learning_rate", "1e-12", "--min_lr", 0, "--weight_decay", 0)
+    assert this.model.config.block_size == 16 and this.model.config.dropout == 0.1
+    idx = torch.randint(50257, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(this.model.eval()(idx)[0], theirs.eval()(idx).logits, rtol=1e-4, atol=1e-5)
+    out = capsys.readouterr().out
+    assert "note: the model is the checkpoint's; the configuration differs in: " in out and "n_embd" in out
+    for name, words in (("hub", "add --tokenizer gpt2"), ("nothing/here", "init_from: nothing/here is no checkpoint")):
+        with pytest.raises(train.RunError, match=words):
+            run("--init_from", name, "--max_iters", 1, "--tokenizer", "byte" if name == "hub" else "gpt2")
+    with pytest.raises(train.RunError, match="block_size: 65, but hub has 64 positions"):
+        run(*common, "--block_size", 65)
+
+
 def test_resume_refuses_another_run_and_names_both_values(folder, capsys):
     run("--max_iters", 4)
     with pytest.raises(train.RunError, match=r"block_size is 8 but 16 in the checkpoint"):
