@@ -150,6 +150,17 @@ def _saved_parts(saved, b, l, d, n):
     return states.view(-1, b, n, d), ungated.view(b, -1, d)
 
 
+def _unrounded(run):
+    """run, out of reach of autocast, which would round the operands of its products of matrices"""
+    @functools.wraps(run)
+    def exact(*args):
+        device = next(x.device.type for x in args if x is not None)
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+            return run(*args)
+    return exact
+
+
+@_unrounded
 def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     f = _state_dtype(u)
     (b, l, d), n = u.shape, A.shape[1]
@@ -177,6 +188,7 @@ def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     return y.to(u.dtype), last.transpose(1, 2).contiguous(), saved
 
 
+@_unrounded
 def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
     """With g_t the gradient of h_t:  g_t = C_t dy_t + a_(t+1) g_(t+1),  a_t = exp(dt_t A), everything else follows from
 

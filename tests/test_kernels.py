@@ -171,6 +171,20 @@ def test_plain_scan_changes_nothing_that_it_is_given(monkeypatch, absent):
     assert all(map(torch.equal, given, before))
 
 
+def test_autocast_does_not_reach_into_the_plain_scan(monkeypatch):
+    """Nor into its backward pass: its products of matrices stay as exact as what comes in."""
+    monkeypatch.setattr(kernels, "COMPILE", False)
+
+    def values():
+        x = scan_inputs(2, 19, 32, 4, dtype=torch.float32)
+        y, last = selective_scan(**x, delta_softplus=True, return_last_state=True)
+        return [y, last, *grads((y, last), x)]
+
+    exact = values()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, values(), exact))
+
+
 def test_large_sizes_cross_tiles_and_chunks():
     x = scan_inputs(3, 70, 300, 11, dtype=torch.float32)
     exact = double(x)
