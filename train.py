@@ -747,14 +747,14 @@ class Run:
         names = ["best_model.pt"] * best + [f"checkpoint_step_{self.step:06d}.pt"] * step
         run = self.snapshot() if names else None
         with ThreadPoolExecutor(1) as pool:
-            written = pool.submit(self.write, run, names if self.rank == 0 else [])
+            written = [pool.submit(self.write, run, name) for name in names if self.rank == 0]
             yield
-            written.result()
+            for file in written:
+                file.result()
 
-    def write(self, run: dict, names: list[str]):
-        for name in names:
-            with replacing(self.folder / name) as file:
-                torch.save(run, file)
+    def write(self, run: dict, name: str):
+        with replacing(self.folder / name) as file:
+            torch.save(run, file)
         for path in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
             path.unlink()
 
