@@ -562,6 +562,14 @@ def truncated_layer(block: Block, *args):
     return x, map_state(torch.Tensor.detach, state)
 
 
+def names_a_hub_model(init_from: str) -> bool:
+    """Whether it is a folder of the Hugging Face form, or, as gpt2 and openai-community/gpt2, no path to a file."""
+    path = Path(init_from)
+    if path.exists() or path.suffix == ".pt":
+        return (path / "config.json").is_file()
+    return len(path.parts) == 1 or not path.parent.exists()
+
+
 def resume_command(max_iters: int | None = None) -> str:
     """The command line that goes on with this run, to another max_iters if one is given."""
     changed = {"--init_from": "resume"} | ({"--max_iters": str(max_iters)} if max_iters else {})
@@ -620,8 +628,7 @@ class Run:
             checkpoint = newest_checkpoint(self.folder)
             check_resumable(checkpoint, self.settings, self.corpus.fingerprint, self.world_size)
             return checkpoint
-        is_hub = not (init_from.endswith(".pt") or Path(init_from).is_file())
-        checkpoint = self.pretrained() if is_hub else load_checkpoint(Path(init_from))
+        checkpoint = self.pretrained() if names_a_hub_model(init_from) else load_checkpoint(Path(init_from))
         if checkpoint["tokenizer"] != self.tokenizer.name:
             raise RunError(f"tokenizer: {self.tokenizer.name}, but {init_from} was trained on "
                            f"{checkpoint['tokenizer']}; add --tokenizer {checkpoint['tokenizer']}")
@@ -793,8 +800,8 @@ class Run:
         self.log(val_loss=val_loss, val_loss_reset=reset_loss, val_bits_per_byte=bits, params=self.model.num_params())
         self.say(f"step {self.step}: val_loss {val_loss:.4f} nats/token with the state carried ({bits:.4f} bits/byte), "
                  f"{reset_loss:.4f} with each block on its own")
-        best = val_loss < self.best_val_loss
-        self.best_val_loss = val_loss if best else self.best_val_loss
+        if best := val_loss < self.best_val_loss:
+            self.best_val_loss = val_loss
         return best
 
     def show(self):

@@ -340,6 +340,10 @@ def test_a_run_from_gpt2(folder, capsys, gpt2_cache):
     for name, words in (("hub", "add --tokenizer gpt2"), ("nothing/here", "init_from: nothing/here is no checkpoint")):
         with pytest.raises(train.RunError, match=words):
             run("--init_from", name, "--max_iters", 1, "--tokenizer", "byte" if name == "hub" else "gpt2")
+    (folder / "checkpoints/hints").mkdir()
+    for name in ("checkpoints", "checkpoints/hints", "checkpoints/best_modle", "best_modle.pt"):  # paths, not names
+        with pytest.raises(train.SampleError, match=r"is a folder|is not there"):
+            run("--init_from", name, "--max_iters", 1)
     with pytest.raises(train.RunError, match="block_size: 65, but hub has 64 positions"):
         run(*common, "--block_size", 65)
 

@@ -22,6 +22,7 @@ SCANS = {  # what differs from (b, l, d, n) = (1, 19, 33, 3), float32, everythin
     "everything": {},
     "reset": {"reset": True, "b": 2, "d": 5},
     "reset at the first and last position": {"reset": [0, 18], "d": 5},
+    "reset of states that do not decay": {"reset": True, "b": 2, "d": 5, "still": True},
     "nothing optional": {"bare": True, "n": 2, "d": 5},
     "one position": {"l": 1, "d": 5},
     "whole chunks and channels": {"l": 16, "d": 32, "n": 4},
@@ -70,12 +71,14 @@ def _compare(function, oracle, inputs, names, oracle_cast=torch.Tensor.double):
     return {name: _error(a, b) for name, a, b in zip(names, *results) if a is not None}
 
 
-def _scan_inputs(b=1, l=19, d=33, n=3, dtype="float32", bare=False):
+def _scan_inputs(b=1, l=19, d=33, n=3, dtype="float32", bare=False, still=False):
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
     xz = torch.randn(b, l, 2 * d).to(dtype)  # u and z are strided, as halves of a bigger linear's output
     u, delta, z = xz[..., :d], torch.randn(b, l, d).to(dtype), xz[..., d:]
     A, B, C = -4 * torch.rand(d, n) - 0.1, torch.randn(b, l, n).to(dtype), torch.randn(b, l, n).to(dtype)
+    if still:
+        A[:, 1] = 0
     if bare:
         return [u, delta.abs(), A, B, C, None, None, None, None]
     return [u, delta, A, B, C, torch.randn(d), z, torch.randn(d), torch.randn(b, n, d).transpose(1, 2)]
