@@ -732,8 +732,12 @@ def _plain_taps(rows, weight, bias):
 if triton is not None:
     INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
     PTX = tl.constexpr(not INTERPRET)  # Triton's interpreter cannot run inline PTX
+    # Triton gives the lanes of a warp to the last dimensions of a tensor first, before 3.7 to the first ones
+    AXIS = tl.constexpr(2 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 0)
     LANES, SEGMENT = 32, 128  # channels of a program of the steps; positions between two states kept for the backward
-    FWD, BWD = {"R": 4, "Q": 8, "T": 8}, {"R": 8, "Q": 4, "T": SEGMENT // 8}  # warps, channels of each, positions
+    # channels of a thread, positions of a block, positions that B and C are asked for in advance, positions of a block
+    # of the backward's first pass: on an H200 the best of 27 and of 45 forms
+    FWD, BWD = {"E": 2, "U": 8, "AHEAD": 8}, {"E": 2, "U": 4, "AHEAD": 4, "PASS": 8}
 
     @triton.jit
     def _exp2(x):
@@ -787,16 +791,29 @@ if triton is not None:
         else:
             return tl.zeros(d.shape, tl.float32)
 
-    # Both scans cut time as well as channels: a warp of channels on each scheduler is often all that there is, and it
-    # waits most of the time (with a thread for each channel, an H200 issued an instruction in 14 % of its cycles). A
-    # program takes R Q channels of one row of the batch, segment after segment of S T positions. Memory sees rows,
-    # (S T, R Q); the scan sees T tensors (R, Q, S), R warps, Q channels, S = 8 lanes of subsequences: each thread scans
-    # T positions from zero, 8 lanes agree on what enters each, and each scans again from there; a decay is made once.
+    # Both scans give a channel's states to J lanes of a warp, K to each, and take one position after another; a thread
+    # does so for E channels, for which it reads B and C once. Tensors are (R, Q, J), R warps, Q threads of J lanes.
+    # What has no states (u, delta, z, y) lies over the lanes by position: of a block of U = S T positions from t on,
+    # lane j has t + i S + j % S, i < T. So one lane works out a step size, the others get it by a shuffle, and the sum
+    # over states that y is ends in the lane that writes it. There are few warps, so memory is asked long before it is
+    # needed: for a whole block while the one before it is worked on, for B and C some positions ahead.
+
+    @triton.jit
+    def _places(R: tl.constexpr, Q: tl.constexpr, J: tl.constexpr, E: tl.constexpr):
+        # of each thread: its lane, and the first of its channels, counted in the program
+        if AXIS == 2:
+            r, q, j = tl.arange(0, R)[:, None, None], tl.arange(0, Q)[None, :, None], tl.arange(0, J)[None, None, :]
+        else:
+            r, q, j = tl.arange(0, R)[None, None, :], tl.arange(0, Q)[None, :, None], tl.arange(0, J)[:, None, None]
+        c = (r * Q + q) * E + 0 * j
+        return j + 0 * c, c
 
     @triton.jit
     def _unstack(x, T: tl.constexpr):
-        # (R, Q, S, T) -> T of (R, Q, S)
-        if T == 2:
+        # (R, Q, J, T) -> T of (R, Q, J)
+        if T == 1:
+            return (tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2]]),)
+        elif T == 2:
             return tl.split(x)
         else:
             even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], T // 2, 2]))
@@ -809,8 +826,10 @@ if triton is not None:
 
     @triton.jit
     def _stack(rows, T: tl.constexpr):
-        # T of (R, Q, S) -> (R, Q, S, T)
-        if T == 2:
+        # T of (R, Q, J) -> (R, Q, J, T)
+        if T == 1:
+            return rows[0][:, :, :, None]
+        elif T == 2:
             return tl.join(rows[0], rows[1])
         else:
             even = ()
@@ -822,275 +841,477 @@ if triton is not None:
             return tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], T])
 
     @triton.jit
-    def _ahead(ptr, T: tl.constexpr):
-        # what _by_segment laid out behind ptr, (T / 4, 1, 1, S, 4), spread over all threads: on its way from memory it
-        # takes each of them a register or two
-        four = tl.arange(0, T // 4)[:, None, None, None, None] * 32
-        return tl.load(ptr + four + tl.arange(0, 8)[None, None, None, :, None] * 4 + tl.arange(0, 4))
+    def _ask(ptr, t, d, L, ROW: tl.constexpr, DIM: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+             EVEN: tl.constexpr):
+        # a block as memory has it: T of (R, Q, J, E)
+        e = tl.arange(0, E)[None, None, None, :]
+        x = ()
+        for i in tl.static_range(T):
+            at = ptr + ((t + i * S).to(tl.int64) * ROW + d)[:, :, :, None] + e
+            x += (_load(at, (t + i * S < L)[:, :, :, None] & (d[:, :, :, None] + e < DIM), EVEN),)
+        return x
 
     @triton.jit
-    def _steps(x, T: tl.constexpr):
-        # (T / 4, 1, 1, S, 4) -> T of (1, 1, S), each to the lanes that need it
-        return _unstack(tl.reshape(tl.permute(x, [1, 2, 3, 0, 4]), [1, 1, 8, T]), T)
+    def _have(x, T: tl.constexpr, E: tl.constexpr):
+        # what was asked for, T E of (R, Q, J), float32
+        y = ()
+        for i in tl.static_range(T):
+            row = _unstack(x[i], E)
+            for e in tl.static_range(E):
+                y += (row[e].to(tl.float32),)
+        return y
 
     @triton.jit
-    def _get(ptr, i, c, L, ROW: tl.constexpr, DIM: tl.constexpr, EVEN: tl.constexpr):
-        ok = (i < L)[:, None] & (c < DIM)[None, :]
-        return _load(ptr + i[:, None].to(tl.int64) * ROW + c[None, :], ok, EVEN).to(tl.float32)
+    def _put(ptr, x, t, d, L, DIM: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr):
+        e = tl.arange(0, E)[None, None, None, :]
+        for i in tl.static_range(T):
+            at = ptr + ((t + i * S).to(tl.int64) * DIM + d)[:, :, :, None] + e
+            ok = (t + i * S < L)[:, :, :, None] & (d[:, :, :, None] + e < DIM)
+            _store(at, _stack(x[i * E : i * E + E], E), ok, EVEN)
 
     @triton.jit
-    def _put(ptr, x, i, c, L, DIM: tl.constexpr, EVEN: tl.constexpr):
-        _store(ptr + i[:, None].to(tl.int64) * DIM + c[None, :], x, (i < L)[:, None] & (c < DIM)[None, :], EVEN)
+    def _flags(reset, t, L, S: tl.constexpr, T: tl.constexpr):
+        x = ()
+        for i in tl.static_range(T):
+            if reset is None:
+                x += (t,)
+            else:
+                x += (tl.load(reset + t + i * S, mask=t + i * S < L, other=0),)
+        return x
 
     @triton.jit
-    def _by_position(x, R: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, T: tl.constexpr):
-        return _unstack(tl.permute(tl.reshape(x, [S, T, R, Q]), [2, 3, 0, 1]), T)
+    def _numbers(ptr, M: tl.constexpr):
+        # the M numbers behind each of (R, Q, J) pointers, at most 4 a load
+        if M <= 4:
+            return _unstack(tl.load(ptr[:, :, :, None] + tl.arange(0, M)[None, None, None, :]), M)
+        else:
+            return _numbers(ptr, M // 2) + _numbers(ptr + M // 2, M // 2)
 
     @triton.jit
-    def _by_row(x, R: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, T: tl.constexpr):
-        return tl.reshape(tl.permute(_stack(x, T), [2, 3, 0, 1]), [S * T, R * Q])
+    def _states_at(d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+        # where the K states of each lane lie in (d, n), and whether they are there
+        n = (j * K)[:, :, :, None] + tl.arange(0, K)[None, None, None, :]
+        ok = (d < DIM)[:, :, :, None]
+        if j.shape[AXIS] * K != N:
+            ok = ok & (n < N)
+        return d[:, :, :, None] * N + n, ok
 
     @triton.jit
-    def _carry(e, p, first, edge, near, mid, far):
-        # 8 subsequences in a row, each of which turns x into p x + e: what enters each, `first` at the edge
-        p = tl.where(edge, 0.0, tl.gather(p, near, 2))
-        e = tl.where(edge, first, tl.gather(e, near, 2))
-        e += p * tl.gather(e, near, 2)
-        p *= tl.gather(p, near, 2)
-        e += p * tl.gather(e, mid, 2)
-        p *= tl.gather(p, mid, 2)
-        return e + p * tl.gather(e, far, 2)
+    def _get_states(ptr, d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
+        x = ()
+        for e in tl.static_range(E):
+            at, ok = _states_at(d + e, j, DIM, N, K)
+            x += _unstack(tl.load(ptr + at, mask=ok, other=0.0), K)
+        return x
 
     @triton.jit
-    def _add(ptr, x, one):
-        # ptr += the sum of x over its last axis, by one thread
-        tl.store(ptr + tl.zeros(x.shape, tl.int32), tl.load(ptr) + tl.sum(x, 2)[:, :, None], mask=one)
+    def _put_states(ptr, x, d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
+        for e in tl.static_range(E):
+            at, ok = _states_at(d + e, j, DIM, N, K)
+            tl.store(ptr + at, _stack(x[e * K : e * K + K], K), mask=ok)
 
-    # `^ zero` (a zero at run time) hides that channels are contiguous: Triton would lay the tensors out by them.
-    @triton.jit(do_not_specialize=["zero", "L"])
-    def _scan_fwd_kernel(u, delta, z, A, BC, D, bias, reset, y, last, saved, zero, L, u_batch, delta_batch, z_batch,
+    @triton.jit
+    def _rates(A, d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
+        # A log2(e), and never so near zero that an endless step would leave something
+        a = _get_states(A, d, j, DIM, N, K, E)
+        x = ()
+        for i in tl.static_range(E * K):
+            x += (tl.where(tl.abs(a[i]) < 1e-27, -1e-27, a[i] * 1.4426950408889634),)
+        return x
+
+    @triton.jit
+    def _step_size(raw, t, L, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr):
+        x = raw
+        if SOFTPLUS:
+            x = _softplus(x)
+        if not EVEN:  # past the end nothing decays and nothing is added
+            x = tl.where(t < L, x, 0.0)
+        return x
+
+    @triton.jit
+    def _endless(x, flag, reset):
+        # a step after which nothing is left of the state before it
+        if reset is None:
+            return x
+        else:
+            return tl.where(flag != 0, 1e30, x)
+
+    @triton.jit
+    def _of_lane(x, m: tl.constexpr):
+        # (R, Q, J), every lane with what lane m has
+        return tl.gather(x, tl.full(x.shape, m, tl.int32), AXIS)
+
+    @triton.jit
+    def _advance(h, x, v, a, B, m: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
+        # h_t = exp(dt A) h_(t-1) + dt u B of the position in lane m
+        new = ()
+        for e in tl.static_range(E):
+            xm = _of_lane(x[e], m)
+            vm = _of_lane(v[e], m)
+            for n in tl.static_range(K):
+                new += (_exp2(xm * a[e * K + n]) * h[e * K + n] + vm * B[n],)
+        return new
+
+    @triton.jit
+    def _weigh(x, y, K: tl.constexpr):
+        # the sum of x[n] y[n]
+        s = x[0] * y[0]
+        for n in tl.static_range(1, K):
+            s += x[n] * y[n]
+        return s
+
+    @triton.jit
+    def _sum_lanes(x, j, S: tl.constexpr):
+        # S of (R, Q, J) -> (R, Q, J), the sum over lanes j, j + S, ... of what x[j % S] was in all lanes
+        if S == 1:
+            return x[0]
+        else:
+            upper = j % S >= S // 2
+            y = ()
+            for i in tl.static_range(S // 2):
+                mine = tl.where(upper, x[S // 2 + i], x[i])
+                y += (mine + tl.gather(tl.where(upper, x[i], x[S // 2 + i]), j ^ (S // 2), AXIS),)
+            return _sum_lanes(y, j, S // 2)
+
+    @triton.jit
+    def _sum_groups(x, j, S: tl.constexpr):
+        # sums over the lanes with the same j % S
+        if S >= j.shape[AXIS]:
+            return x
+        else:
+            return _sum_groups(x + tl.gather(x, j ^ S, AXIS), j, 2 * S)
+
+    @triton.jit
+    def _total(x, j, S: tl.constexpr, E: tl.constexpr):
+        # x[m E + e], the part of each lane in a sum for position m and channel e -> E of (R, Q, J), position j % S
+        y = ()
+        for e in tl.static_range(E):
+            y += (_sum_groups(_sum_lanes(x[e::E], j, S), j, S),)
+        return y
+
+    @triton.jit
+    def _sum_channels(x, M: tl.constexpr):
+        # M of (R, Q, J) -> (J M,); the split makes Triton move channels into registers, where a sum costs an addition
+        J: tl.constexpr = x[0].shape[AXIS]
+        y = _stack(x, M)
+        if AXIS == 0:
+            y = tl.permute(y, [2, 1, 0, 3])
+        y = tl.reshape(y, [y.shape[0] * y.shape[1] // 2, 2, J * M])
+        even, odd = tl.split(tl.permute(y, [0, 2, 1]))
+        return tl.sum(even + odd, 0)
+
+    @triton.jit(do_not_specialize=["L"])
+    def _scan_fwd_kernel(u, delta, z, A, BC, D, bias, reset, y, last, saved, L, u_batch, delta_batch, z_batch,
                          U_ROW: tl.constexpr, DELTA_ROW: tl.constexpr, Z_ROW: tl.constexpr, DIM: tl.constexpr,
                          N: tl.constexpr, SOFTPLUS: tl.constexpr, EVERY: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
-                         T: tl.constexpr, EVEN: tl.constexpr):
-        S: tl.constexpr = 8
-        groups: tl.constexpr = (DIM + R * Q - 1) // (R * Q)
-        b = (tl.program_id(0) // groups).to(tl.int64)
-        batches = tl.num_programs(0) // groups
-        first = tl.program_id(0) % groups * (R * Q)
-        s = tl.arange(0, S)[None, None, :] + tl.zeros([R, Q, S], tl.int32)
-        d = first + tl.arange(0, R)[:, None, None] * Q + (tl.arange(0, Q) ^ zero)[None, :, None]
-        c = first + tl.arange(0, R * Q)
-        none = tl.zeros([R, Q, S], tl.float32)
-        there = d < DIM
+                         J: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+                         AHEAD: tl.constexpr, EVEN: tl.constexpr):
+        tiles: tl.constexpr = (DIM + R * Q * E - 1) // (R * Q * E)
+        b = (tl.program_id(0) // tiles).to(tl.int64)
+        batches = tl.num_programs(0) // tiles
+        j, c = _places(R, Q, J, E)
+        d = tl.program_id(0) % tiles * (R * Q * E) + c
         u += b * u_batch
         delta += b * delta_batch
+        y += b * L * DIM
+        last += b * DIM * N
         if z is not None:
             z += b * z_batch
-        y += b * L * DIM
-        A += d * N
-        last += b * DIM * N + d * N
-        BC += b * tl.cdiv(L, S * T) * (N * 2 * S * T)
+        if reset is not None:
+            reset += b * L
+        BC += b * tl.cdiv(L, EVERY) * (EVERY * 2 * J * K) + j * (2 * K)
+        shift = ()
+        skip = ()
+        for e in tl.static_range(E):
+            shift += (_channel(bias, d + e, DIM),)
+            skip += (_channel(D, d + e, DIM),)
+        a = _rates(A, d, j, DIM, N, K, E)
+        h = _get_states(last, d, j, DIM, N, K, E)
+        t = j % S
+        u_next = _ask(u, t, d, L, U_ROW, DIM, S, T, E, EVEN)
+        delta_next = _ask(delta, t, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
+        flags_next = _flags(reset, t, L, S, T)
+        if z is not None:
+            z_next = _ask(z, t, d, L, Z_ROW, DIM, S, T, E, EVEN)
+        BC_next = ()
+        for m in tl.static_range(AHEAD):
+            BC_next += (_numbers(BC + m * (2 * J * K), 2 * K),)
         for start in range(0, L, S * T):
-            row = start + tl.arange(0, S * T)
-            u2 = _get(u, row, c, L, U_ROW, DIM, EVEN)
-            x2 = _get(delta, row, c, L, DELTA_ROW, DIM, EVEN) + _channel(bias, c, DIM)[None, :]
-            if SOFTPLUS:
-                x2 = _softplus(x2)
-            if not EVEN:  # past the end nothing decays and nothing is added
-                x2 = tl.where((row < L)[:, None], x2, 0.0)
-            v = _by_position(x2 * u2, R, Q, S, T)
-            o = _by_position(_channel(D, c, DIM)[None, :] * u2, R, Q, S, T)
-            if reset is not None:  # a step without end leaves nothing of the state before it
-                x2 = tl.where(tl.load(reset + b * L + row, mask=row < L, other=0)[:, None] != 0, float("inf"), x2)
-            x = _by_position(x2, R, Q, S, T)
-            x_sum = none
-            for i in tl.static_range(T):
-                x_sum += x[i]
-            t = start + s * T
-            if saved is not None:
-                kept = saved + (t // EVERY * batches + b) * N * DIM + d
-                keeps = (t % EVERY == 0) & (t < L) & there
-            a_next = tl.load(A, mask=there, other=-1.0)  # of the next n: these come from far away
-            left_next = tl.load(last, mask=there, other=0.0)
-            BC_next = _ahead(BC, 2 * T)
-            for n in range(N):
-                a = tl.where(a_next == 0.0, -1e-37, a_next * 1.4426950408889634)
-                left = left_next
-                BCn = _steps(BC_next, 2 * T)
-                ahead = tl.minimum(n + 1, N - 1)
-                a_next = tl.load(A + ahead, mask=there, other=-1.0)
-                left_next = tl.load(last + ahead, mask=there, other=0.0)
-                BC_next = _ahead(BC + ahead * (2 * S * T), 2 * T)
-                decay = ()
-                add = ()
-                h = none
-                for i in tl.static_range(T):
-                    decay += (_exp2(x[i] * a),)
-                    add += (v[i] * BCn[i],)
-                    h = decay[i] * h + add[i]
-                p = _exp2(x_sum * a)
-                h = _carry(h, p, left + none, s == 0, tl.maximum(s - 1, 0), tl.maximum(s - 2, 0), tl.maximum(s - 4, 0))
-                if saved is not None:
-                    tl.store(kept + n * DIM, h, mask=keeps)
-                o_new = ()
-                for i in tl.static_range(T):
-                    h = decay[i] * h + add[i]
-                    o_new += (o[i] + h * BCn[T + i],)
-                o = o_new
-                tl.store(last + n + s * 0, h, mask=(s == S - 1) & there)
-            y2 = _by_row(o, R, Q, S, T)
+            if saved is not None:  # noqa: SIM102 (known when compiled, the other is not)
+                if start % EVERY == 0:
+                    _put_states(saved + (start // EVERY * batches + b) * N * DIM, h, d, j, DIM, N, K, E)
+            t = start + j % S
+            us = _have(u_next, T, E)
+            raw = _have(delta_next, T, E)
+            flags = flags_next
+            ahead = (tl.minimum(start + S * T, L - S * T) if EVEN else start + S * T) + j % S
+            u_next = _ask(u, ahead, d, L, U_ROW, DIM, S, T, E, EVEN)
+            delta_next = _ask(delta, ahead, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
+            flags_next = _flags(reset, ahead, L, S, T)
             if z is not None:
-                z2 = _get(z, row, c, L, Z_ROW, DIM, EVEN)
-                y2 *= z2 * _sigmoid(z2)
-            _put(y, y2, row, c, L, DIM, EVEN)
-            BC += N * 2 * S * T
-            tl.debug_barrier()  # the next segment reads the states that other threads wrote
+                zs = _have(z_next, T, E)
+                z_next = _ask(z, ahead, d, L, Z_ROW, DIM, S, T, E, EVEN)
+            ys = ()
+            for i in tl.static_range(T):
+                x = ()
+                v = ()
+                for e in tl.static_range(E):
+                    xe = _step_size(raw[i * E + e] + shift[e], t + i * S, L, SOFTPLUS, EVEN)
+                    x += (_endless(xe, flags[i], reset),)
+                    v += (xe * us[i * E + e],)
+                parts = ()
+                for m in tl.static_range(S):
+                    BCm = BC_next[0]
+                    BC_next = BC_next[1:]
+                    BC_next += (_numbers(BC + (start + (i * S + m + AHEAD)) * (2 * J * K), 2 * K),)
+                    h = _advance(h, x, v, a, BCm, m, K, E)
+                    for e in tl.static_range(E):
+                        parts += (_weigh(h[e * K : e * K + K], BCm[K:], K),)
+                total = _total(parts, j, S, E)
+                for e in tl.static_range(E):
+                    o = total[e] + skip[e] * us[i * E + e]
+                    if z is not None:
+                        o *= zs[i * E + e] * _sigmoid(zs[i * E + e])
+                    ys += (o,)
+            _put(y, ys, t, d, L, DIM, S, T, E, EVEN)
+        _put_states(last, h, d, j, DIM, N, K, E)
 
-    # The states are scanned again from the one kept at the segment's start, then the gradient k of the state likewise,
-    # right to left.
-    @triton.jit(do_not_specialize=["zero", "L"])
-    def _scan_bwd_kernel(dy, u, delta, z, A, BC, D, bias, gate, saved, dh, du, ddelta, dz, sums, dBC, zero,
-                         L, dy_batch, u_batch, delta_batch, z_batch, DY_ROW: tl.constexpr, U_ROW: tl.constexpr,
-                         DELTA_ROW: tl.constexpr, Z_ROW: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
-                         N: tl.constexpr, SOFTPLUS: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
-                         T: tl.constexpr, EVEN: tl.constexpr):
-        S: tl.constexpr = 8
-        groups: tl.constexpr = PAD // (TILES * R * Q)
-        b = (tl.program_id(0) // groups).to(tl.int64)
+    # Segment after segment, right to left. From the state saved at its start once through it, the state before every
+    # block into `kept`, which is each program's own. Then back, block by block: its decays a_t and what is left of the
+    # state before, a_t h_(t-1), into registers, and from the right the gradient of h_t, g_t = w_t C_t + k_(t+1), and
+    # k_t = a_t g_t.
+    @triton.jit(do_not_specialize=["L"])
+    def _scan_bwd_kernel(dy, u, delta, z, A, BC, D, bias, reset, saved, dh, du, ddelta, dz, sums, dBC, kept, L,
+                         dy_batch, u_batch, delta_batch, z_batch, DY_ROW: tl.constexpr, U_ROW: tl.constexpr,
+                         DELTA_ROW: tl.constexpr, Z_ROW: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr,
+                         SOFTPLUS: tl.constexpr, EVERY: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+                         J: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+                         AHEAD: tl.constexpr, PASS: tl.constexpr, EVEN: tl.constexpr):
+        tiles: tl.constexpr = (DIM + R * Q * E - 1) // (R * Q * E)
+        U: tl.constexpr = S * T
+        W: tl.constexpr = 2 * J * K
+        BLOCKS: tl.constexpr = EVERY // U
+        b = (tl.program_id(0) // tiles).to(tl.int64)
+        batches = tl.num_programs(0) // tiles
+        j, c = _places(R, Q, J, E)
+        none = tl.zeros(j.shape, tl.float32)
+        d = tl.program_id(0) % tiles * (R * Q * E) + c
+        segments = tl.cdiv(L, EVERY)
+        dy += b * dy_batch
         u += b * u_batch
         delta += b * delta_batch
-        dy += b * dy_batch
+        du += b * L * DIM
+        ddelta += b * L * DIM
+        dh += b * DIM * N
         if z is not None:
             z += b * z_batch
             dz += b * L * DIM
-        du += b * L * DIM
-        ddelta += b * L * DIM
-        batches = tl.num_programs(0) // groups
-        s = tl.arange(0, S)[None, None, :] + tl.zeros([R, Q, S], tl.int32)
-        none = tl.zeros([R, Q, S], tl.float32)
-        m = tl.arange(0, 2 * T * S)
-        segments = tl.cdiv(L, S * T)
-        rows = segments * (S * T)
-        for back in range(segments):
-            segment = segments - 1 - back
-            row = segment * (S * T) + tl.arange(0, S * T)
-            BC_at = BC + (b * segments + segment) * (N * 2 * S * T)
-            for tile in range(TILES):
-                first = (tl.program_id(0) % groups * TILES + tile) * (R * Q)
-                c = first + tl.arange(0, R * Q)
-                d = first + tl.arange(0, R)[:, None, None] * Q + (tl.arange(0, Q) ^ zero)[None, :, None]
-                there = d < DIM
-                dh_at = dh + b * DIM * N + d * N
-                sums_at = sums + b * (N + 2) * PAD + d
-                x2 = _get(delta, row, c, L, DELTA_ROW, DIM, EVEN) + _channel(bias, c, DIM)[None, :]
-                w2 = _get(dy, row, c, L, DY_ROW, DIM, EVEN)
-                if SOFTPLUS:
-                    x2 = _softplus(x2)
-                if not EVEN:
-                    x2 = tl.where((row < L)[:, None], x2, 0.0)
+        if reset is not None:
+            reset += b * L
+        BC += b * segments * (EVERY * W) + j * (2 * K)
+        dBC += tl.program_id(0).to(tl.int64) * segments * (EVERY * W) + tl.arange(0, U * W)
+        kept += tl.program_id(0).to(tl.int64) * (BLOCKS * R * Q * E * J * K)
+        sums += b * (N + 2) * DIM
+        shift = ()
+        skip = ()
+        dskip = ()
+        dshift = ()
+        da = ()
+        for e in tl.static_range(E):
+            shift += (_channel(bias, d + e, DIM),)
+            skip += (_channel(D, d + e, DIM),)
+            dskip += (none,)
+            dshift += (none,)
+            for _ in tl.static_range(K):
+                da += (none,)
+        a = _rates(A, d, j, DIM, N, K, E)
+        k = _get_states(dh, d, j, DIM, N, K, E)
+        for segment in range(segments - 1, -1, -1):
+            first = segment * EVERY
+            final = tl.minimum(first + EVERY, tl.cdiv(L, U) * U) - U
+            t = first + j % S
+            h = _get_states(saved + (segment * batches + b) * N * DIM, d, j, DIM, N, K, E)
+            u_next = _ask(u, t, d, L, U_ROW, DIM, S, PASS // S, E, EVEN)
+            delta_next = _ask(delta, t, d, L, DELTA_ROW, DIM, S, PASS // S, E, EVEN)
+            flags_next = _flags(reset, t, L, S, PASS // S)
+            B_next = ()
+            for m in tl.static_range(AHEAD):
+                B_next += (_numbers(BC + (first + m) * W, K),)
+            for start in range(first, final + U, PASS):
+                t = start + j % S
+                us = _have(u_next, PASS // S, E)
+                raw = _have(delta_next, PASS // S, E)
+                flags = flags_next
+                there = tl.minimum(start + PASS, final + U - PASS)
+                if not EVEN:  # nothing is asked for twice
+                    there = tl.where(start + PASS < final + U, start + PASS, L)
+                there += j % S
+                u_next = _ask(u, there, d, L, U_ROW, DIM, S, PASS // S, E, EVEN)
+                delta_next = _ask(delta, there, d, L, DELTA_ROW, DIM, S, PASS // S, E, EVEN)
+                flags_next = _flags(reset, there, L, S, PASS // S)
+                for i in tl.static_range(PASS // S):
+                    if i * S % U == 0:
+                        block = (start - first + i * S) // U
+                        _put_states(kept + block * (R * Q * E * J * K), h, c, j, R * Q * E, J * K, K, E)
+                    x = ()
+                    v = ()
+                    for e in tl.static_range(E):
+                        xe = _step_size(raw[i * E + e] + shift[e], t + i * S, L, SOFTPLUS, EVEN)
+                        x += (_endless(xe, flags[i], reset),)
+                        v += (xe * us[i * E + e],)
+                    for m in tl.static_range(S):
+                        Bm = B_next[0]
+                        B_next = B_next[1:]
+                        B_next += (_numbers(BC + (start + (i * S + m + AHEAD)) * W, K),)
+                        h = _advance(h, x, v, a, Bm, m, K, E)
+            tl.debug_barrier()  # `kept` is written
+            t = final + j % S
+            u_next = _ask(u, t, d, L, U_ROW, DIM, S, T, E, EVEN)
+            delta_next = _ask(delta, t, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
+            flags_next = _flags(reset, t, L, S, T)
+            dy_next = _ask(dy, t, d, L, DY_ROW, DIM, S, T, E, EVEN)
+            if z is not None:
+                z_next = _ask(z, t, d, L, Z_ROW, DIM, S, T, E, EVEN)
+            h_next = _get_states(kept + (final - first) // U * (R * Q * E * J * K), c, j, R * Q * E, J * K, K, E)
+            BC_next = ()
+            for m in tl.static_range(U):
+                BC_next += (_numbers(BC + (final + m) * W, 2 * K),)
+            for start in range(final, first - U, -U):
+                t = start + j % S
+                us = _have(u_next, T, E)
+                raw = _have(delta_next, T, E)
+                dys = _have(dy_next, T, E)
                 if z is not None:
-                    z2 = _get(z, row, c, L, Z_ROW, DIM, EVEN)
-                    w2 *= z2 * _sigmoid(z2)
-                x = _by_position(x2, R, Q, S, T)
-                v = _by_position(x2 * _get(u, row, c, L, U_ROW, DIM, EVEN), R, Q, S, T)
-                w = _by_position(w2, R, Q, S, T)  # the gradient of y before the gate
-                x_sum = none
+                    zs = _have(z_next, T, E)
+                flags = flags_next
+                h = h_next
+                BCs = BC_next
+                x = ()
+                x_end = ()
+                v = ()
+                w = ()  # the gradient of y before the gate
                 for i in tl.static_range(T):
-                    x_sum += x[i]
-                gate_sum = none
-                if gate is not None:
-                    gates = _steps(_ahead(gate + b * rows + segment * (S * T), T), T)
-                    for i in tl.static_range(T):
-                        gate_sum += gates[i]
-                y = ()
-                for _ in tl.static_range(T):
-                    y += (none,)
-                gB = y  # sums over n, g the gradient of h: of g_t B_t
-                gaA = y  # and of g_t a_t h_(t-1) A
-                kept_at = saved + (segment * batches + b) * N * DIM + d
-                a_next = tl.load(A + d * N, mask=there, other=-1.0)  # of the next n: these come from far away
-                saved_next = tl.load(kept_at, mask=there, other=0.0)
-                dh_next = tl.load(dh_at, mask=there, other=0.0)
-                BC_next = _ahead(BC_at, 2 * T)
-                for n in range(N):
-                    a = a_next * 1.4426950408889634
-                    left = saved_next
-                    right = dh_next
-                    ahead = tl.minimum(n + 1, N - 1)
-                    a_next = tl.load(A + d * N + ahead, mask=there, other=-1.0)
-                    saved_next = tl.load(kept_at + ahead * DIM, mask=there, other=0.0)
-                    dh_next = tl.load(dh_at + ahead, mask=there, other=0.0)
-                    BCn = _steps(BC_next, 2 * T)
-                    BC_next = _ahead(BC_at + ahead * (2 * S * T), 2 * T)
-                    decay = ()
-                    add = ()
-                    h = none
-                    for i in tl.static_range(T):
-                        xa = x[i] * a
-                        if gate is not None:
-                            xa += gates[i]
-                        decay += (_exp2(xa),)
-                        add += (v[i] * BCn[i],)
-                        h = decay[i] * h + add[i]
-                    k = none
-                    for i in tl.static_range(T - 1, -1, -1):
-                        k = decay[i] * (w[i] * BCn[T + i] + k)
-                    p = _exp2(x_sum * a + gate_sum)
-                    h = _carry(h, p, left, s == 0, tl.maximum(s - 1, 0), tl.maximum(s - 2, 0), tl.maximum(s - 4, 0))
-                    k = _carry(k, p, right, s == 7, tl.minimum(s + 1, 7), tl.minimum(s + 2, 7), tl.minimum(s + 4, 7))
-                    kept = ()
-                    dC = ()
-                    y_new = ()
-                    for i in tl.static_range(T):
-                        kept += (decay[i] * h,)
-                        h = kept[i] + add[i]
-                        y_new += (y[i] + h * BCn[T + i],)
-                        dC += (h * w[i],)
-                    y = y_new
-                    dB = ()  # from here on right to left
-                    gB_new = ()
-                    gaA_new = ()
-                    da = none
-                    for i in tl.static_range(T - 1, -1, -1):
-                        g = w[i] * BCn[T + i] + k
-                        k = decay[i] * g
-                        q = g * kept[i]
-                        dB += (g * v[i],)
-                        gB_new += (gB[i] + g * BCn[i],)
-                        gaA_new += (gaA[i] + q * a,)
-                        da += q * x[i]
-                    gB = gB_new[::-1]
-                    gaA = gaA_new[::-1]
-                    tl.store(dh_at + n + s * 0, k, mask=(s == 0) & there)
-                    _add(sums_at + n * PAD, da, s == 0)
-                    # the split makes Triton move the channels into registers, where their sum costs one addition each
-                    dBdC = tl.permute(_stack(dB[::-1] + dC, 2 * T), [0, 1, 3, 2])  # (R, Q, 2T, S)
-                    even, odd = tl.split(tl.permute(tl.reshape(dBdC, [R * Q // 2, 2, 2 * T * S]), [0, 2, 1]))
-                    ptr = dBC + ((tl.program_id(0).to(tl.int64) * N + n) * segments + segment) * (2 * T * S) + m
-                    tl.store(ptr, tl.load(ptr, mask=(m >= 0) & (tile > 0), other=0.0) + tl.sum(even + odd, 0))
-                y2 = _by_row(y, R, Q, S, T)
-                gB2 = _by_row(gB, R, Q, S, T)
-                dx2 = _by_row(gaA, R, Q, S, T) * 0.6931471805599453  # A is A log2(e) here
-                u2 = _get(u, row, c, L, U_ROW, DIM, EVEN)
-                w2 = _get(dy, row, c, L, DY_ROW, DIM, EVEN)
-                skip = _channel(D, c, DIM)[None, :]
-                if z is not None:
-                    z2 = _get(z, row, c, L, Z_ROW, DIM, EVEN)
-                    sig = _sigmoid(z2)
-                    _put(dz, w2 * (y2 + skip * u2) * (sig + sig * z2 * (1.0 - sig)), row, c, L, DIM, EVEN)
-                    w2 *= z2 * sig
-                _put(du, _by_row(x, R, Q, S, T) * gB2 + skip * w2, row, c, L, DIM, EVEN)
-                dx2 += u2 * gB2
-                if SOFTPLUS:
-                    raw = _get(delta, row, c, L, DELTA_ROW, DIM, EVEN) + _channel(bias, c, DIM)[None, :]
-                    dx2 *= _sigmoid(raw)
+                    for e in tl.static_range(E):
+                        xe = _step_size(raw[i * E + e] + shift[e], t + i * S, L, SOFTPLUS, EVEN)
+                        x += (xe,)
+                        x_end += (_endless(xe, flags[i], reset),)
+                        v += (xe * us[i * E + e],)
+                        we = dys[i * E + e]
+                        if z is not None:
+                            we *= zs[i * E + e] * _sigmoid(zs[i * E + e])
+                        w += (we,)
+                decay = ()
+                left = ()
+                dC = ()
+                parts = ()
+                for i in tl.static_range(T):
+                    for m in tl.static_range(S):
+                        BCm = BCs[i * S + m]
+                        new = ()
+                        wm = ()
+                        for e in tl.static_range(E):
+                            xm = _of_lane(x_end[i * E + e], m)
+                            vm = _of_lane(v[i * E + e], m)
+                            wm += (_of_lane(w[i * E + e], m),)
+                            for n in tl.static_range(K):
+                                f = _exp2(xm * a[e * K + n])
+                                decay += (f,)
+                                left += (f * h[e * K + n],)
+                                new += (f * h[e * K + n] + vm * BCm[n],)
+                            parts += (_weigh(new[e * K : e * K + K], BCm[K:], K),)
+                        h = new
+                        for n in tl.static_range(K):
+                            dC += (_weigh(h[n::K], wm, E),)
+                # What follows is to stay below what came before: a warp has six counters for results on their way, so a
+                # shuffle that shares one with a load from memory is as late as the load.
+                tl.debug_barrier()
+                ahead = tl.maximum(start - U, first)
+                there = ahead
                 if not EVEN:
-                    dx2 = tl.where((row < L)[:, None] & (c < DIM)[None, :], dx2, 0.0)
-                _put(ddelta, dx2, row, c, L, DIM, EVEN)
-                rest = sums + (b * (N + 2) + N) * PAD + c  # of D, then of the bias
-                tl.store(rest, tl.load(rest) + tl.sum(w2 * u2, 0))
-                tl.store(rest + PAD, tl.load(rest + PAD) + tl.sum(dx2, 0))
-                tl.debug_barrier()  # the next tile and segment read what other threads wrote
+                    there = tl.where(start > first, there, L)
+                there += j % S
+                u_next = _ask(u, there, d, L, U_ROW, DIM, S, T, E, EVEN)
+                delta_next = _ask(delta, there, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
+                dy_next = _ask(dy, there, d, L, DY_ROW, DIM, S, T, E, EVEN)
+                flags_next = _flags(reset, there, L, S, T)
+                if z is not None:
+                    z_next = _ask(z, there, d, L, Z_ROW, DIM, S, T, E, EVEN)
+                h_next = _get_states(kept + (ahead - first) // U * (R * Q * E * J * K), c, j, R * Q * E, J * K, K, E)
+                dB = ()
+                B_parts = ()
+                A_parts = ()
+                BC_next = ()
+                for i in tl.static_range(T - 1, -1, -1):
+                    for m in tl.static_range(S - 1, -1, -1):
+                        BCm = BCs[i * S + m]
+                        k_new = ()
+                        da_new = ()
+                        g = ()
+                        vm = ()
+                        q = ()
+                        for e in tl.static_range(E):
+                            xm = _of_lane(x_end[i * E + e], m)
+                            wm = _of_lane(w[i * E + e], m)
+                            vm += (_of_lane(v[i * E + e], m),)
+                            for n in tl.static_range(K):
+                                g += (wm * BCm[K + n] + k[e * K + n],)
+                                k_new += (decay[((i * S + m) * E + e) * K + n] * g[e * K + n],)
+                                q += (g[e * K + n] * left[((i * S + m) * E + e) * K + n],)
+                                da_new += (da[e * K + n] + q[e * K + n] * xm,)
+                        k = k_new
+                        da = da_new
+                        dB_new = ()
+                        for n in tl.static_range(K):
+                            dB_new += (_weigh(g[n::K], vm, E),)
+                        dB = dB_new + dB
+                        B_new = ()
+                        A_new = ()
+                        for e in tl.static_range(E):
+                            B_new += (_weigh(g[e * K : e * K + K], BCm, K),)
+                            A_new += (_weigh(q[e * K : e * K + K], a[e * K : e * K + K], K),)
+                        B_parts = B_new + B_parts
+                        A_parts = A_new + A_parts
+                        BC_next += (_numbers(BC + (ahead + (U - 1 - i * S - m)) * W, 2 * K),)
+                tl.store(dBC + start * W, _sum_channels(dC + dB, 2 * U * K))
+                dus = ()
+                dxs = ()
+                dzs = ()
+                for i in tl.static_range(T):
+                    y = _total(parts[i * S * E : (i + 1) * S * E], j, S, E)
+                    gB = _total(B_parts[i * S * E : (i + 1) * S * E], j, S, E)
+                    gaA = _total(A_parts[i * S * E : (i + 1) * S * E], j, S, E)
+                    dskip_new = ()
+                    dshift_new = ()
+                    for e in tl.static_range(E):
+                        ue = us[i * E + e]
+                        we = w[i * E + e]
+                        if z is not None:
+                            ze = zs[i * E + e]
+                            s = _sigmoid(ze)
+                            dzs += (dys[i * E + e] * (y[e] + skip[e] * ue) * (s + s * ze * (1.0 - s)),)
+                        dus += (x[i * E + e] * gB[e] + skip[e] * we,)
+                        dx = gaA[e] * 0.6931471805599453 + ue * gB[e]  # A is A log2(e) here
+                        if SOFTPLUS:
+                            dx *= _sigmoid(raw[i * E + e] + shift[e])
+                        if not EVEN:
+                            dx = tl.where((t + i * S < L) & (d + e < DIM), dx, 0.0)
+                        dxs += (dx,)
+                        dskip_new += (dskip[e] + we * ue,)
+                        dshift_new += (dshift[e] + dx,)
+                    dskip = dskip_new
+                    dshift = dshift_new
+                _put(du, dus, t, d, L, DIM, S, T, E, EVEN)
+                _put(ddelta, dxs, t, d, L, DIM, S, T, E, EVEN)
+                if z is not None:
+                    _put(dz, dzs, t, d, L, DIM, S, T, E, EVEN)
+            tl.debug_barrier()  # all have read what the next segment overwrites
+        _put_states(dh, k, d, j, DIM, N, K, E)
+        _put_states(sums, da, d, j, DIM, N, K, E)
+        for e in tl.static_range(E):
+            rest = sums + N * DIM + d + e
+            once = (j == 0) & (d + e < DIM)
+            tl.store(rest, tl.sum(tl.where(j < S, dskip[e], 0.0), AXIS, keep_dims=True) + none, mask=once)
+            tl.store(rest + DIM, tl.sum(tl.where(j < S, dshift[e], 0.0), AXIS, keep_dims=True) + none, mask=once)
 
     @triton.jit
     def _conv_row(x, state, q, d, L, phase, x_row, DIM: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr):
@@ -1306,57 +1527,65 @@ if triton is not None:
             return torch.zeros(b, d, n, device=device)
         return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
-    def _by_segment(T, *xs):
-        """xs (b, l, m) as the scans read them, float32 (b, segments, m, len(xs), T / 4, 8, 4), zero past the end:
-        position (8 segment + s) T + 4 j + i lies at [segment, j, s, i], so that 8 lanes read side by side."""
-        pad = -xs[0].shape[1] % (8 * T)
-        xs = [F.pad(x, (0, 0, 0, pad)) if pad else x for x in xs]
-        xs = [x.unflatten(1, (-1, 8, T // 4, 4)).permute(0, 1, 5, 3, 2, 4) for x in xs]
-        out = torch.empty(*xs[0].shape[:3], len(xs), *xs[0].shape[3:], device=xs[0].device)
-        for i, x in enumerate(xs):
-            out[:, :, :, i] = x
-        return out
+    def _lanes(n):
+        """The lanes that share a channel's n states, and how many states each has."""
+        K = min(4, triton.next_power_of_2(n))
+        return triton.next_power_of_2(triton.cdiv(n, K)), K
 
-    def _gate(reset, T):
-        """Summands to the exponents of the decays: -inf at a reset, where the decay is then exactly 0."""
-        if reset is None:
-            return None
-        return _by_segment(T, torch.zeros_like(reset, dtype=torch.float32).masked_fill_(reset, -math.inf)[..., None])
+    def _layout(n, E, U, **more):
+        """The constants that a scan's kernel is launched with, and the channels of a program: 32 if warps allow it."""
+        J, K = _lanes(n)
+        Q, S = max(1, 32 // J), min(J, U)
+        R = min(8, max(1, 16 // Q))
+        return dict(N=n, EVERY=SEGMENT, R=R, Q=Q, J=J, K=K, E=E, S=S, T=U // S, num_warps=R, **more), R * Q * E
+
+    def _for_lanes(B, C):
+        """B and C (b, l, n) as the scans read them, float32 (b, whole segments, J, 2, K), zero past the ends, and then
+        as many positions as are asked for in advance, whatever they hold."""
+        b, l, n = B.shape
+        J, K = _lanes(n)
+        rows = triton.cdiv(l, SEGMENT) * SEGMENT
+        new = torch.zeros if rows > l or J * K > n else torch.empty
+        flat = new((b * rows + FWD["AHEAD"]) * 2 * J * K, device=B.device)
+        laid = flat[: b * rows * 2 * J * K].view(b, rows, J, 2, K)
+        for i, x in enumerate((B, C)):
+            laid[:, :l, :, i] = (F.pad(x, (0, J * K - n)) if J * K > n else x).unflatten(2, (J, K))
+        return flat
 
     def _scan_fwd_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
         _refuse_float64("selective_scan", u)
         (b, l, d), n = u.shape, A.shape[1]
-        T, width = FWD["T"], FWD["R"] * FWD["Q"]
+        layout, width = _layout(n, **FWD)
         (u, delta, z), batch, row = _rows_contiguous(u, delta, z)
         y = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
         last = _state_copy(initial_state, b, d, n, u.device)
         saved = last.new_empty(triton.cdiv(l, SEGMENT) if save else 0, b * n * d)
         _scan_fwd_kernel[(triton.cdiv(d, width) * b,)](
-            u, delta, z, A.float().contiguous(), _by_segment(T, B, C), D, delta_bias,
-            None if reset is None else reset.contiguous(), y, last, saved if save else None, 0, l, *batch, *row, DIM=d,
-            N=n, SOFTPLUS=delta_softplus, EVERY=SEGMENT, **FWD, EVEN=l % (8 * T) == 0 and d % width == 0,
-            num_warps=FWD["R"], num_stages=1, maxnreg=128, enable_fp_fusion=True)
+            u, delta, z, A.float().contiguous(), _for_lanes(B, C), D, delta_bias,
+            None if reset is None else reset.contiguous(), y, last, saved if save else None, l, *batch, *row, DIM=d,
+            SOFTPLUS=delta_softplus, **layout, EVEN=l > 0 and l % FWD["U"] == 0 and d % width == 0, num_stages=1,
+            maxnreg=255, enable_fp_fusion=True)  # said aloud, 255 registers let the compiler ask for more in advance
         return y, last, saved
 
     def _scan_bwd_triton(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
         (b, l, d), n = u.shape, A.shape[1]
-        T, width, segments = BWD["T"], BWD["R"] * BWD["Q"], triton.cdiv(l, SEGMENT)
-        tiles = min(4, max(1, b * triton.cdiv(d, width) // 128))  # a program: fewer partial sums, but no SM without one
-        groups = triton.cdiv(d, width * tiles)
-        pad = groups * tiles * width
+        layout, width = _layout(n, **BWD)
+        J, K, U, segments, programs = layout["J"], layout["K"], BWD["U"], triton.cdiv(l, SEGMENT), triton.cdiv(d, width)
         dy = torch.zeros_like(u) if dy is None else dy
         (dy, u, delta, z), batch, row = _rows_contiguous(dy, u, delta, z)
         du, ddelta, dz = (None if x is None else x.new_empty(b, l, d) for x in (u, delta, z))
         dh = _state_copy(dlast, b, d, n, u.device)
-        sums = dh.new_zeros(b, n + 2, pad)  # of A, D and the bias, for each row of the batch
-        dBC = dh.new_empty(b, groups, n, segments, 2, T, 8)  # one partial sum a group of channels
-        _scan_bwd_kernel[(groups * b,)](
-            dy, u, delta, z, A.float().contiguous(), _by_segment(T, B, C), D, delta_bias, _gate(reset, T), saved, dh,
-            du, ddelta, dz, sums, dBC, 0, l, *batch, *row, DIM=d, PAD=pad, N=n, SOFTPLUS=delta_softplus, TILES=tiles,
-            **BWD, EVEN=l % SEGMENT == 0 and d == pad, num_warps=BWD["R"], num_stages=1, enable_fp_fusion=True)
-        dB, dC = (x.permute(0, 2, 4, 3, 1).reshape(b, -1, n)[:, :l] for x in dBC.sum(1).unbind(3))
-        dA, dD, dbias = sums.sum(0)[:, :d].split((n, 1, 1))
-        return du, ddelta, dA.t(), dB, dC, dD[0].clone(), dz, dbias[0].clone(), dh  # no two may share their storage
+        sums = dh.new_empty(b, n + 2, d)  # for each row of the batch: of A, (d, n), of D and of the bias
+        dBC = dh.new_empty(b, programs, segments * SEGMENT // U, J, 2, U, K)  # C before B, a partial sum a program
+        kept = dh.new_empty(b * programs, SEGMENT // U, width, J * K)
+        _scan_bwd_kernel[(programs * b,)](
+            dy, u, delta, z, A.float().contiguous(), _for_lanes(B, C), D, delta_bias,
+            None if reset is None else reset.contiguous(), saved, dh, du, ddelta, dz, sums, dBC, kept, l, *batch, *row,
+            DIM=d, SOFTPLUS=delta_softplus, **layout, EVEN=l > 0 and l % BWD["PASS"] == 0 and d % width == 0,
+            num_stages=1, enable_fp_fusion=True)
+        dC, dB = (x.permute(0, 1, 3, 2, 4).reshape(b, -1, J * K)[:, :l, :n] for x in dBC.sum(1).unbind(3))
+        dA, dD, dbias = sums.sum(0).split((n, 1, 1))
+        return du, ddelta, dA.view(d, n), dB, dC, dD[0].clone(), dz, dbias[0].clone(), dh  # no two may share storage
 
     def _conv_launch(x, weight, initial_state, reset, dilation, rows):
         """What both convolution kernels are launched with: 64 rows of a phase and 128 channels a program."""

@@ -25,10 +25,11 @@ SCANS = {  # what differs from (b, l, d, n) = (1, 19, 33, 3), float32, everythin
     "reset of states that do not decay": {"reset": True, "b": 2, "d": 5, "still": True},
     "nothing optional": {"bare": True, "n": 2, "d": 5},
     "one position": {"l": 1, "d": 5},
-    "whole chunks and channels": {"l": 16, "d": 32, "n": 4},
-    "a whole segment of two tiles": {"l": 128, "d": 64, "n": 1},
-    "two segments": {"l": 131, "d": 3, "n": 2, "reset": True},
-    "more states than fit in registers": {"l": 9, "d": 3, "n": 20},
+    "whole blocks and channels": {"l": 16, "d": 64, "n": 4},
+    "16 states": {"l": 35, "d": 35, "n": 16, "reset": True},
+    "whole segments of 16 states": {"l": 32, "d": 32, "n": 16},
+    "lanes without states": {"l": 9, "d": 3, "n": 20},
+    "more states than a warp has lanes": {"l": 6, "d": 2, "n": 200},
     "bfloat16": {"dtype": "bfloat16", "reset": True},
     "float16": {"dtype": "float16", "d": 5},
 }
@@ -164,7 +165,7 @@ def _requests():
 
 def _shared():
     """How many of the tensors that the operators take and return share their storage with another one."""
-    u, delta, A, B, C, D, z, bias, state = (x.contiguous() for x in _scan_inputs(l=130, d=5, n=2))
+    u, delta, A, B, C, D, z, bias, state = (x.contiguous() for x in _scan_inputs(l=18, d=5, n=2))
     x, weight, taps_bias, taps = (x.contiguous() for x in _conv_inputs(d=5))
     scan, conv = (u, delta, A, B, C, D, z, bias, True, state, None), (x, weight, taps_bias, True, taps, None, 1)
     shared = {}
@@ -198,6 +199,7 @@ def _traffic():
 
 def main():
     os.environ["KERNELS"] = "triton"
+    kernels.SEGMENT = 16  # so that few positions are several segments
     scan = lambda *x: kernels.selective_scan(*x[:8], True, x[8], None, True)  # noqa: E731
     conv = lambda *x: kernels.causal_conv1d(*x[:3], "silu", x[3], None, True, 2)  # noqa: E731
     report = {"scan": {name: _scan(**case) for name, case in SCANS.items()},
@@ -247,9 +249,10 @@ def test_operators_return_tensors_of_their_own(interpreted):
     assert len(interpreted["shared"]) == 4 and not any(interpreted["shared"].values()), interpreted["shared"]
 
 
-def test_each_tensor_is_read_once_twice_in_the_backward_and_written_once(interpreted):
+def test_each_tensor_is_read_and_written_once(interpreted):
+    """But for what the backward scan computes the states from, twice."""
     for name, times in interpreted["traffic"].items():
-        assert times == (2 if name.startswith("scan backward reads") else 1), (name, times)
+        assert times == (2 if name in ("scan backward reads u", "scan backward reads delta") else 1), (name, times)
 
 
 @pytest.mark.parametrize("op, inputs", [
@@ -278,32 +281,18 @@ def test_nothing_of_the_size_of_all_states(name, reset):
     assert max(sizes.values()) <= b * l * d, sizes
 
 
-# For an H100, without and with resets: instructions and special functions an element, spills in the hot loop, bound in
-# ms, bytes / least. They are the compiler's work as well, so each Triton that was measured has its own; one in between
-# is held to the older one's.
-BUDGETS = {
-    (3, 5): {("selective_scan_fwd", False): (18.2, 1.4, 3, 0.34, 1.1),
-             ("selective_scan_bwd", False): (34, 1.5, 0, 0.64, 1.25),
-             ("selective_scan_fwd", True): (18.4, 1.4, 3, 0.35, 1.1),
-             ("selective_scan_bwd", True): (34.5, 1.5, 0, 0.65, 1.25),
-             ("causal_conv1d_fwd", True): (21.5, 2.1, 0, 0.041, 1.05),
-             ("causal_conv1d_bwd", True): (53, 2.2, 0, 0.068, 1.15)},
-    (3, 9): {("selective_scan_fwd", False): (15, 1.35, 0, 0.28, 1.1),
-             ("selective_scan_bwd", False): (31.5, 1.5, 0, 0.59, 1.25),
-             ("selective_scan_fwd", True): (15, 1.35, 0, 0.28, 1.1),
-             ("selective_scan_bwd", True): (31.7, 1.5, 0, 0.6, 1.25),
-             ("causal_conv1d_fwd", True): (21, 2.1, 0, 0.041, 1.05),
-             ("causal_conv1d_bwd", True): (53, 2.2, 0, 0.068, 1.15)},
-}
+# For an H100, without and with resets: instructions and special functions an element, bound in ms, bytes / least.
+BUDGETS = {("selective_scan_fwd", False): (10.4, 1.25, 0.195, 1.1), ("selective_scan_bwd", False): (32, 2.5, 0.6, 1.85),
+           ("selective_scan_fwd", True): (10.6, 1.25, 0.2, 1.1), ("selective_scan_bwd", True): (32, 2.5, 0.6, 1.85),
+           ("causal_conv1d_fwd", True): (21.5, 2.1, 0.041, 1.05), ("causal_conv1d_bwd", True): (53, 2.2, 0.068, 1.15)}
 
 
 @pytest.mark.parametrize("name, reset", [pytest.param(*key, marks=pytest.mark.slow if key[1] else ())
-                                         for key in BUDGETS[3, 9]])
+                                         for key in BUDGETS])
 def test_budget(name, reset):
-    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    instructions, mufu, spills, milliseconds, ratio = BUDGETS[max(v for v in BUDGETS if v <= version)][name, reset]
+    instructions, mufu, milliseconds, ratio = BUDGETS[name, reset]
     r = kernel_report.row(name, 90, torch.bfloat16, reset)
-    assert r["atomics"] == 0 and r["hot_loop_spills"] <= spills
+    assert r["atomics"] == 0 and r["hot_loop_spills"] == 0
     assert r["instructions_per_element"] <= instructions and r["mufu_per_element"] <= mufu
     assert r["bound_ms"] <= milliseconds and r["bytes"] <= ratio * r["bytes_minimum"]
 
