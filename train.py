@@ -1,7 +1,8 @@
 """
 The training run. `uv run train.py` trains what current_configuration.json describes; every key is also a flag.
 
-One process on a CPU or a GPU, or one for each device with `uv run torchrun --nproc_per_node=N train.py` (DDP).
+One process on a CPU or a GPU, or one for each device with `uv run torchrun --nproc_per_node=N train.py` (DDP, or
+FSDP2 with `--fsdp true`).
 Top to bottom: the configuration, the files of a run, optimizer and schedule, evaluation, the loop.
 """
 
@@ -43,6 +44,8 @@ from pydantic import (
     model_validator,
 )
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -118,6 +121,7 @@ class Settings(BaseModel):
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 or mps")
     compile: bool | Literal["layers"] = Field(
         True, description='compile: on GPUs the model, on CPUs scan and convolutions, "layers": whole layers too')
+    fsdp: bool = Field(False, description="torchrun: each process keeps its share of weights and optimizer (FSDP2)")
     seed: NonNegativeInt = Field(1337, description="seed of initialisation, data order and dropout")
     init_from: str = Field("scratch", description="scratch, resume, a checkpoint to start from, or gpt2")
 
@@ -427,6 +431,16 @@ def plot_losses(metrics: list[dict], path: Path):
 # Optimizer, schedule, evaluation
 
 
+def whole(t):
+    """All of a tensor of which FSDP gave each process a share (all processes call this together), or what it is."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def share_like(p, t):
+    """This process's share of t, which every process has whole, where it has a share of p only."""
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t
+
+
 class Muon(torch.optim.Muon):
     """torch's Muon with the matrices of one shape orthogonalised together, in float32 on a CPU that multiplies no
     bfloat16, where torch's own takes longer than the rest of a small model's step; its update always scaled to the root
@@ -445,10 +459,12 @@ class Muon(torch.optim.Muon):
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 momenta, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                update = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov's, (n, A, B)
+                update = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's, (n, A, B)
+                update = torch.stack([whole(u) for u in update])
                 update = orthogonalise(update, choose_dtype("auto", device), group).to(params[0].dtype)
+                update = [share_like(p, u) for p, u in zip(params, update.unbind())]
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                torch._foreach_add_(params, update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 def orthogonalise(G, dtype, group):
@@ -503,17 +519,19 @@ def to_device(batch, device: torch.device, fresh: bool):
 @torch.no_grad()
 def evaluate(model: GPT, batches, device, autocast, token_bytes, carried: bool, rank: int, world_size: int):
     """Mean nats a token and bits a byte over batches of (x, y, reset), the state carried from one to the next or not.
-    Each process takes its share of the rows."""
+    Each process takes its share of the rows; one without any goes along with a row that does not count, as FSDP's
+    forward pass needs all of them."""
     model.eval()
     sums = [0.0, 0, 0]  # nats, tokens, bytes
     state = None
     for batch in batches:
-        x, y, reset = to_device([t[rank::world_size] for t in batch], device, fresh=state is None)
-        if len(x) == 0:
-            continue
+        mine = slice(rank, None, world_size) if rank < len(batch[0]) else slice(1)
+        x, y, reset = to_device([t[mine] for t in batch], device, fresh=state is None)
         with autocast:
             _, loss, state = model(x, y, state=state, reset=reset)
         state = model.next_block(state) if carried else None
+        if rank >= len(batch[0]):
+            continue
         seen = y[y >= 0]
         for i, value in enumerate((loss.item() * len(seen), len(seen), token_bytes[seen].sum().item())):
             sums[i] += value
@@ -551,6 +569,8 @@ def cannot_compile(device: torch.device) -> str:
 def compile_layers(model: GPT):
     """Have each layer of the model compiled at its first call; layers that are alike share their code."""
     compiled = torch.compile(truncated_layer, dynamic=False)
+    # each kind of layer with and without document boundaries, with a state and without; past 8 it would give up
+    torch._dynamo.config.recompile_limit = 8 + 4 * len(model.h)
     for block in model.h:
         block.forward = functools.partial(compiled, block)
 
@@ -592,6 +612,7 @@ class Run:
         self.say = tqdm.write if rank == 0 else lambda *_: None
         self.folder = Path(settings.checkpoint_dir)
         self.carries = self.config.sequential and self.config.carry_state
+        self.sharded = settings.fsdp and world_size > 1
         self.load_data()
         checkpoint = self.find_checkpoint()
         self.build_model(checkpoint)
@@ -669,11 +690,18 @@ class Run:
         self.dtype = choose_dtype(config.dtype, self.device)
         self.autocast = (contextlib.nullcontext() if self.dtype == torch.float32 else
                          torch.autocast(self.device.type, self.dtype))
-        self.optimizers = make_optimizers(self.model, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if self.sharded and self.scaler.is_enabled():
+            raise RunError('fsdp: true with dtype "float16"; give bfloat16 or float32')
+        if self.sharded:  # a layer's weights are whole while it runs, those outside the layers throughout a pass
+            for part in (*self.model.h, self.model):
+                fully_shard(part)
         how = self.compile()
-        if self.world_size > 1:
+        if self.sharded:
+            how += f", sharded over {self.world_size} processes"
+        elif self.world_size > 1:
             self.step_model = DDP(self.step_model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        self.optimizers = make_optimizers(self.model, config, self.device)
         self.say(f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}, {how}: {self.max_iters} steps of "
                  f"{self.tokens_per_step:,} tokens")
 
@@ -684,16 +712,18 @@ class Run:
         reason = cannot_compile(self.device) if wanted else "compile is false"
         if reason:
             return f"not compiled ({reason})"
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" and not self.sharded:
             self.step_model = torch.compile(self.model, dynamic=False)
             return "compiled"
-        if wanted == "layers":
+        if wanted == "layers" or self.device.type != "cpu":
             self.say("compiling the layers: some seconds for each kind, minutes for deep fractals")
             reason = self.try_compiled_layers()
             if not reason:  # evaluation has too many shapes to compile for
                 self.as_written = functools.partial(torch.compiler.set_stance, "force_eager")
                 return "layers compiled"
             self.say(f"warning: the layers could not be compiled, they run more slowly ({reason})")
+            if self.device.type != "cpu":
+                return "not compiled"
         return "scan and convolutions compiled (the first time on a machine takes half a minute)"
 
     def initial_state(self) -> dict | None:
@@ -722,6 +752,8 @@ class Run:
         self.best_val_loss, self.seconds_before = checkpoint["best_val_loss"], checkpoint["seconds"]
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(saved)
+            for p, state in optimizer.state.items():
+                state.update({key: share_like(p, t) for key, t in state.items() if key != "step"})
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.loader.load_state_dict(checkpoint["loader"])
         self.state = map_state(lambda t: t.to(self.device), checkpoint["state"][self.rank])
@@ -739,13 +771,24 @@ class Run:
             ranks = [None] * self.world_size
             dist.all_gather_object(ranks, mine[0])
         return {
-            "format": CHECKPOINT_FORMAT, "model": self.model.state_dict(), "model_args": self.model_args,
-            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
+            "format": CHECKPOINT_FORMAT, "model": self.gathered(self.model.state_dict()), "model_args": self.model_args,
+            "optimizer": [self.gathered(optimizer.state_dict()) for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds(), "best_val_loss": self.best_val_loss,
             "rng": [r for r, _ in ranks], "state": [s for _, s in ranks],
             "loader": self.loader.state_dict() | {"fingerprint": self.corpus.fingerprint},
             "config": self.settings.model_dump(by_alias=True), "tokenizer": self.tokenizer.name,
         }
+
+    def gathered(self, state: dict) -> dict:
+        """The state with whole tensors, so that a checkpoint does not tell how it was trained; on process 0."""
+        def take(t):
+            if isinstance(t, DTensor):
+                t = t.full_tensor()
+                t = t.cpu() if self.rank == 0 else None  # one after the other: all at once might not fit
+            return t
+
+        return map_state(take, state) if self.sharded else state
 
     @contextlib.contextmanager
     def saving(self, best: bool, step: bool):
@@ -808,6 +851,7 @@ class Run:
         """The plot and a sample; leaves the training state as it was."""
         if self.rank == 0:
             plot_losses(self.metrics, self.folder / "loss.png")
+        if self.rank == 0 or self.sharded:
             generator = torch.Generator(self.device).manual_seed(self.settings.seed)
             start = torch.full((1, 1), self.tokenizer.eot, device=self.device)
             with self.autocast:
@@ -833,17 +877,20 @@ class Run:
         state_before, step_loss = self.state, torch.zeros((), device=self.device)
         for i, (x, y, reset) in enumerate(batches):
             last = i == len(batches) - 1
-            with contextlib.nullcontext() if last or self.world_size == 1 else self.step_model.no_sync():
+            if self.sharded:
+                self.model.set_requires_gradient_sync(last)
+            alone = isinstance(self.step_model, DDP) and not last
+            with self.step_model.no_sync() if alone else contextlib.nullcontext():
                 with self.autocast:
                     _, loss, state = self.step_model(x, y, state=self.state, reset=reset)
                 part = counts[i] / total.clamp(min=1)
-                self.scaler.scale(loss * part * self.world_size).backward()  # DDP divides by the processes again
+                self.scaler.scale(loss * part * self.world_size).backward()  # divided by the processes again
             step_loss += loss.detach() * part
             if self.carries:  # truncated back-propagation: the state goes on, its gradient does not
                 self.state = self.model.next_block(map_state(torch.Tensor.detach, state))
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
         if self.world_size > 1:
             dist.all_reduce(step_loss)
         if torch.isfinite(step_loss) and torch.isfinite(grad_norm):
