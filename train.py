@@ -44,6 +44,7 @@ from pydantic import (
     model_validator,
 )
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -694,8 +695,9 @@ class Run:
         if self.sharded and self.scaler.is_enabled():
             raise RunError('fsdp: true with dtype "float16"; give bfloat16 or float32')
         if self.sharded:  # a layer's weights are whole while it runs, those outside the layers throughout a pass
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
             for part in (*self.model.h, self.model):
-                fully_shard(part)
+                fully_shard(part, mesh=mesh)
         how = self.compile()
         if self.sharded:
             how += f", sharded over {self.world_size} processes"
