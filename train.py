@@ -44,9 +44,6 @@ from pydantic import (
     model_validator,
 )
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -434,12 +431,15 @@ def plot_losses(metrics: list[dict], path: Path):
 
 def whole(t):
     """All of a tensor of which FSDP gave each process a share (all processes call this together), or what it is."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def share_like(p, t):
     """This process's share of t, which every process has whole, where it has a share of p only."""
-    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t
+    if not hasattr(p, "full_tensor"):
+        return t
+    from torch.distributed.tensor import distribute_tensor  # half a second that few runs need
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
 
 
 class Muon(torch.optim.Muon):
@@ -695,6 +695,8 @@ class Run:
         if self.sharded and self.scaler.is_enabled():
             raise RunError('fsdp: true with dtype "float16"; give bfloat16 or float32')
         if self.sharded:  # a layer's weights are whole while it runs, those outside the layers throughout a pass
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
             mesh = init_device_mesh(self.device.type, (self.world_size,))
             for part in (*self.model.h, self.model):
                 fully_shard(part, mesh=mesh)
@@ -785,10 +787,10 @@ class Run:
     def gathered(self, state: dict) -> dict:
         """The state with whole tensors, so that a checkpoint does not tell how it was trained; on process 0."""
         def take(t):
-            if isinstance(t, DTensor):
-                t = t.full_tensor()
-                t = t.cpu() if self.rank == 0 else None  # one after the other: all at once might not fit
-            return t
+            if not hasattr(t, "full_tensor"):
+                return t
+            t = whole(t)
+            return t.cpu() if self.rank == 0 else None  # one after the other: all at once might not fit
 
         return map_state(take, state) if self.sharded else state
 
