@@ -694,6 +694,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if self.sharded and self.scaler.is_enabled():
             raise RunError('fsdp: true with dtype "float16"; give bfloat16 or float32')
+        if settings.fsdp and not self.sharded:
+            self.say("note: fsdp: one process has nothing to share; start N by torchrun --nproc_per_node=N train.py")
         if self.sharded:  # a layer's weights are whole while it runs, those outside the layers throughout a pass
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard

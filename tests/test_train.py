@@ -554,7 +554,7 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(folder, number):
 
 @pytest.mark.parametrize("flags", [[], ["--fsdp", "true", "--optimizer", "muon", "--gradient_accumulation_steps", "2"]],
                          ids=["ddp", "fsdp"])
-def test_two_processes_are_one_larger_batch(folder, flags):
+def test_two_processes_are_one_larger_batch(folder, flags, capsys):
     """Over gloo with two rows a process they take the same steps as one process with four, and go on from what they
     saved; what FSDP saved, one process could load as well."""
     common = ["--max_iters", 5, "--fractal_drop", 0, "--fractal_level_drop", 0, "--eval_lanes", 1, *flags]
@@ -572,6 +572,7 @@ def test_two_processes_are_one_larger_batch(folder, flags):
     assert out.count("best_model.pt") == 1  # one process speaks
     assert ("sharded over 2 processes" in out) == bool(flags)
     run(*common, "--batch_size", 4, "--checkpoint_dir", "one")
+    assert ("note: fsdp: one process" in capsys.readouterr().out) == bool(flags)
     two, one = (train.load_checkpoint(folder / f"{n}/checkpoint_step_000005.pt") for n in ("two", "one"))
     assert len(two["rng"]) == len(two["state"]) == 2 and two["tokens"] == one["tokens"]
     for name, p in one["model"].items():
