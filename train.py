@@ -460,8 +460,8 @@ class Muon(torch.optim.Muon):
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 momenta, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                update = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's, (n, A, B)
-                update = torch.stack([whole(u) for u in update])
+                torch._foreach_lerp_(grads, momenta, group["momentum"])  # Nesterov's, in the gradients' place
+                update = torch.stack([whole(g) for g in grads])  # (n, A, B)
                 update = orthogonalise(update, choose_dtype("auto", device), group).to(params[0].dtype)
                 update = [share_like(p, u) for p, u in zip(params, update.unbind())]
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
