@@ -552,8 +552,10 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(folder, number):
     assert train.load_checkpoint(folder / f"checkpoints/checkpoint_step_{step:06d}.pt")["step"] == step
 
 
-@pytest.mark.parametrize("flags", [[], ["--fsdp", "true", "--optimizer", "muon", "--gradient_accumulation_steps", "2"]],
-                         ids=["ddp", "fsdp"])
+FSDP = ["--fsdp", "true", "--optimizer", "muon", "--gradient_accumulation_steps", "2"]
+
+
+@pytest.mark.parametrize("flags", [pytest.param([], id="ddp"), pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow)])
 def test_two_processes_are_one_larger_batch(folder, flags, capsys):
     """Over gloo with two rows a process they take the same steps as one process with four, and go on from what they
     saved; what FSDP saved, one process could load as well."""
