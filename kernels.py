@@ -736,7 +736,7 @@ if triton is not None:
     AXIS = tl.constexpr(2 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 0)
     LANES, SEGMENT = 32, 128  # channels of a program of the steps; positions between two states kept for the backward
     # channels of a thread, positions of a block, positions that B and C are asked for in advance, positions of a block
-    # of the backward's first pass: on an H200 the best of 27 and of 45 forms
+    # of the backward's first pass. On an H200 twice the U forward is 6 % faster, and takes 2.5 times as long to compile
     FWD, BWD = {"E": 2, "U": 8, "AHEAD": 8}, {"E": 2, "U": 4, "AHEAD": 4, "PASS": 8}
 
     @triton.jit
