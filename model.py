@@ -654,10 +654,11 @@ class Block(nn.Module):
         if skip is not None:
             x = x + skip
         y, state = self.mixer(self.ln_1(x), state, reset)
-        x = x + F.dropout(y, self.dropout, self.training)
-        if self.ffn is not None:
-            x = x + F.dropout(self.ffn(self.ln_2(x)), self.dropout, self.training)
-        return x, state
+        x = self.add(x, y)
+        return (x if self.ffn is None else self.add(x, self.ffn(self.ln_2(x)))), state
+
+    def add(self, x, y):
+        return x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
 
 
 def replace_some(idx, share: float):

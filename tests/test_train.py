@@ -483,6 +483,16 @@ def test_muon_moves_the_singular_values_alone(transposed):
         torch.testing.assert_close(p.detach().double(), e, rtol=0, atol=1e-5 if exact else 3e-2)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_compiles_nothing_never_imports_the_compiler(folder, optimizer):
+    flags = [*TINY, "--max_iters", "2", "--optimizer", optimizer]
+    code = "import sys, train; train.main(); sys.exit('torch._dynamo' in sys.modules and 'compiler imported')"
+    done = subprocess.run([sys.executable, "-c", code, *flags], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((folder / "checkpoints").glob("checkpoint_step_*.pt"))) == 1
+
+
 def test_decay_and_muon_take_the_right_parameters():
     config = train.Config(n_embd=[16, 8], attention_type=["mamba", "fractal"], vocab_size=11, optimizer="muon",
                           fractal_dim_range=[8, 8], bias=True, ngram_orders=[2])
