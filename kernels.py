@@ -16,12 +16,14 @@ Letters, in shapes and in code:
 
 import contextlib
 import functools
-import inspect
+import hashlib
+import importlib.util
 import itertools
 import math
 import os
 import warnings
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -512,12 +514,59 @@ def _example(shape, n):
     return torch.empty(whole)[tuple(map(slice, size))]
 
 
+CODE = {  # Inductor's settings
+    "fx_graph_cache": False,  # it would know the graph alone, not _code_rules
+    "cpp.enable_floating_point_contract_flag": "fast", "max_pointwise_cat_inputs": 0, "max_fusion_size": 100000,
+    "cpp.max_horizontal_fusion_size": 100000, "cpp.dynamic_threads": True,
+    "cpp.vec_isa_ok": True,  # the CPU's flags say so; to compile a test of them takes seconds
+    "cpp.enable_loop_tail_vec": False,  # one of no iterations makes the code slower
+    "pick_loop_orders": False,  # they are as written
+    "aggressive_fusion": True, "score_fusion_memory_threshold": 0,  # for SumsTogether
+}
+
+
 @functools.cache
 def _compiled(function, letters, n, **options):
     """`function` as native code for float32 tensors of these shapes: T and t = CHUNK, v = VECTOR, n (of a convolution:
     W) as given, L = l + n - 1, b, c, d and l any. r and s are b; T, t, r and s each have distances between rows of
     their own, which may be any. None where that fails, for want of a C++ compiler. Takes some seconds the first time
-    on a machine, and two from Inductor's cache."""
+    on a machine. The module that Inductor writes is kept among its caches: to trace the function again, only to find
+    its code there, would take most of that time in every process."""
+    try:
+        from torch._inductor import config
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        about = (Path(__file__).read_text(), torch.__version__, torch.backends.cpu.get_cpu_capability(),
+                 function.__name__, letters, n, options)
+        path = Path(cache_dir(), "hybrid", hashlib.sha256(repr(about).encode()).hexdigest() + ".py")
+        with config.patch(CODE):
+            with contextlib.suppress(Exception):  # none yet, or a damaged one
+                return _imported(path)
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(_inductor_code(function, letters, n, options))
+            part.replace(path)
+            return _imported(path)
+    except Exception as error:  # whatever a compiler can do wrong
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"kernels: no native code for this CPU, the slower plain form runs ({reason})", stacklevel=2)
+        return None
+
+
+def _imported(path):
+    """`call` of the Python module there. Its C++ was compiled when it was made, and lies in Inductor's cache."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.call
+
+
+def _inductor_code(function, letters, n, options):
+    """The source of a Python module, C++ included, whose `call` is `function` as _compiled describes it"""
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     def traced(*tensors):
         for x, shape in zip(tensors, letters.split()):
             for letter in "nv":
@@ -525,33 +574,12 @@ def _compiled(function, letters, n, **options):
                     int(x.shape[shape.index(letter)])  # fixes it
         return function(*tensors, **options) or ()
 
-    settings = {
-        "cpp.enable_floating_point_contract_flag": "fast", "max_pointwise_cat_inputs": 0, "max_fusion_size": 100000,
-        "cpp.max_horizontal_fusion_size": 100000, "cpp.dynamic_threads": True,
-        "cpp.vec_isa_ok": True,  # the CPU's flags say so; to compile a test of them takes seconds
-        "cpp.enable_loop_tail_vec": False,  # one of no iterations makes the code slower
-        "pick_loop_orders": False,  # they are as written
-        "aggressive_fusion": True, "score_fusion_memory_threshold": 0,  # for SumsTogether
-    }
-    try:
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx_inner
-        from torch._inductor.decomposition import select_decomp_table
-        from torch.compiler import config as compiler
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        table = {op: f for op, f in select_decomp_table().items() if op is not torch.ops.aten.softplus.default}
-        tag = compiler.patch(cache_key_tag=inspect.getsource(_code_rules))  # Inductor's cache sees the graph alone
-        with config.patch(settings), tag, _code_rules(), torch.no_grad():
-            graph = make_fx(traced, table, "symbolic")(*(_example(x, n) for x in letters.split()))
-            graph.shape_env = None  # Inductor finds it in the inputs, and could not hash it for its cache
-            fake = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            with torch._guards.tracing(torch._guards.TracingContext(fake[0].fake_mode)):
-                return compile_fx_inner(graph, fake).current_callable
-    except Exception as error:  # whatever a compiler can do wrong
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"kernels: no native code for this CPU, the slower plain form runs ({reason})", stacklevel=2)
-        return None
+    table = {op: f for op, f in select_decomp_table().items() if op is not torch.ops.aten.softplus.default}
+    with _code_rules(), torch.no_grad():
+        graph = make_fx(traced, table, "symbolic")(*(_example(x, n) for x in letters.split()))
+        fake = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        with torch._guards.tracing(torch._guards.TracingContext(fake[0].fake_mode)):
+            return compile_fx_inner(graph, fake).source_code
 
 
 def _native(kernel, like, elements, n, **options):

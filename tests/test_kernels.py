@@ -296,6 +296,27 @@ def test_native_code_is_vectors_throughout(tmp_path, monkeypatch):
     assert "at::vec::cast<int32_t, float>" in code and "tmpbuf" not in code
 
 
+def test_native_code_is_made_once_a_machine(tmp_path, monkeypatch):
+    """The next process imports what was kept, a damaged file is made again."""
+    def run():
+        rows, weight, bias = (torch.randn(shape) for shape in ((2, 10, 7), (4, 7), (7,)))
+        (y,), (expected,) = compiled(*kernels.TAPS_FWD, 4, silu=True)([rows, weight, bias]), \
+            kernels._taps_fwd(rows, weight, bias, silu=True)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiled, make, made = kernels._compiled.__wrapped__, kernels._inductor_code, []
+    monkeypatch.setattr(kernels, "_inductor_code", lambda *args: made.append(args) or make(*args))
+    run()
+    run()
+    assert len(made) == 1
+    (kept,) = tmp_path.glob("hybrid/*.py")
+    kept.write_text(kept.read_text()[:1000])
+    run()
+    run()
+    assert len(made) == 2 and len(list((tmp_path / "hybrid").glob("*.*"))) == 1
+
+
 @pytest.mark.slow
 def test_native_code_inside_a_compiled_graph(native):
     x = scan_inputs(2, 24, 8, 16, dtype=torch.float32)
