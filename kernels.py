@@ -269,7 +269,7 @@ def _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation):
     rows, same, tail = _taps(x, weight.shape[1], dilation, initial_state, reset)
     y = torch.zeros(x.shape, dtype=f, device=x.device)
     y = y if bias is None else y.add_(bias)
-    for w, weight_w in enumerate(weight.to(f).unbind(1)):
+    for w, weight_w in enumerate(weight.t().to(f).contiguous()):  # of d numbers side by side: a vector takes them
         y.addcmul_(_where(same[w], rows[:, w * dilation : w * dilation + l]).to(f), weight_w)
     return (F.silu(y) if silu else y).to(x.dtype), _where(tail, rows[:, l:]).clone()
 
@@ -277,23 +277,23 @@ def _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation):
 def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
     f, (b, l, d), W = _state_dtype(x), x.shape, weight.shape[1]
     rows, same, tail = _taps(x, W, dilation, initial_state, reset)
-    span, rows, weight_f = rows.shape[1] - l, rows.to(f), weight.to(f)
+    span, rows, weight = rows.shape[1] - l, rows.to(f), weight.t().to(f).contiguous()  # (W, d)
     dy = rows.new_zeros(b, l, d) if dy is None else dy.to(f)
     if silu:
         y = rows.new_zeros(b, l, d) if bias is None else bias.to(f).expand(b, l, d).clone()
         for w in range(W):
-            y.addcmul_(_where(same[w], rows[:, w * dilation : w * dilation + l]), weight_f[:, w])
+            y.addcmul_(_where(same[w], rows[:, w * dilation : w * dilation + l]), weight[w])
         dy = torch.ops.aten.silu_backward(dy, y)
-    drows, dweight = torch.zeros_like(rows), torch.empty_like(weight_f)
+    drows, dweight, product = torch.zeros_like(rows), torch.empty_like(weight), torch.empty_like(dy)
     if dfinal is not None:
         drows[:, l:] += _where(tail, dfinal.to(f))
     for w in range(W):
         seen = slice(w * dilation, w * dilation + l)
         dy_w = _where(same[w], dy)
-        drows[:, seen].addcmul_(dy_w, weight_f[:, w])
-        dweight[:, w] = (dy_w * rows[:, seen]).sum((0, 1))
+        drows[:, seen].addcmul_(dy_w, weight[w])
+        dweight[w] = torch.mul(dy_w, rows[:, seen], out=product).sum((0, 1))
     dbias = rows.new_zeros(0) if bias is None else dy.sum((0, 1))
-    return drows[:, span:].clone(), dweight, dbias, drows[:, :span].clone()
+    return drows[:, span:].clone(), dweight.t(), dbias, drows[:, :span].clone()
 
 
 # ---------------------------------------------------------------- the same, compiled for the CPU at hand

@@ -4,6 +4,7 @@
 All in one run, the candidates taking turns, medians of repeats, so that ratios hold on any machine. A step is forward,
 backward, clipping and AdamW on random bytes, vocabulary 256, float32; every candidate has its model's own defaults.
 Where the CPU multiplies bfloat16, two candidates run once more, under autocast; layers: as train.py --compile layers.
+The process keeps freed memory for all of them, as train.py does.
   tokens/s   of a training step
   ms/token   of decoding at batch 1 from a prompt of 16 tokens, the most likely token each time; the first and the last
              tenth of the tokens show whether it stays constant; compiled: as sample.py does for long samples
@@ -35,7 +36,7 @@ from machine import cpu, multiplies_bfloat16, resident
 import kernels
 from model import GPT, GPTConfig
 from sample import compiled_step, quiet_compiler
-from train import compile_layers
+from train import compile_layers, keep_freed_memory
 
 V = 256
 MAMBA = {"C": 256, "layers": 4}
@@ -271,6 +272,7 @@ def main():
     kernels.COMPILE = True
     print(f"{cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, threads "
           f"{args.threads}")
+    keep_freed_memory()
     rows = training(3 if args.quick else 9) + decoding(500 if args.quick else 2000)
     if not args.quick and Path("/proc/self/status").exists():
         rows += memory()
