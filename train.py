@@ -87,7 +87,7 @@ class Config(GPTConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the matrix products")
     eval_interval: PositiveInt = Field(250, description="steps between evaluations")
     eval_iters: PositiveInt | None = Field(None, description="batches of an evaluation; null: the validation split")
-    eval_lanes: PositiveInt = Field(16, description="contiguous streams the validation split is read in")
+    eval_lanes: PositiveInt = Field(16, description="rows of an evaluation: contiguous streams, or blocks on their own")
     checkpoint_interval: PositiveInt = Field(500, description="steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
     max_bad_steps: PositiveInt = Field(20, description="skipped steps (loss or gradient not finite) in a row that stop")
@@ -855,7 +855,7 @@ class Run:
         """Both validation losses; leaves the training state as it was. Returns whether val_loss is the lowest yet."""
         config, eot = self.config, self.tokenizer.eot
         lanes = eval_lanes(self.val_tokens, config.eval_lanes, config.block_size, eot)
-        blocks = eval_blocks(self.val_tokens, config.batch_size, config.block_size, eot)
+        blocks = eval_blocks(self.val_tokens, config.eval_lanes, config.block_size, eot)
         (val_loss, bits), (reset_loss, _) = (
             evaluate(self.model, itertools.islice(batches, config.eval_iters), self.device, self.autocast,
                      self.token_bytes, carried, self.rank, self.world_size)
