@@ -536,7 +536,7 @@ def _compiled(function, letters, n, **options):
         from torch._inductor import config
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-        about = (Path(__file__).read_text(), torch.__version__, torch.backends.cpu.get_cpu_capability(),
+        about = (Path(__file__).read_bytes(), torch.__version__, torch.backends.cpu.get_cpu_capability(),
                  function.__name__, letters, n, options)
         path = Path(cache_dir(), "hybrid", hashlib.sha256(repr(about).encode()).hexdigest() + ".py")
         with config.patch(CODE):
@@ -544,7 +544,7 @@ def _compiled(function, letters, n, **options):
                 return _imported(path)
             path.parent.mkdir(exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
-            part.write_text(_inductor_code(function, letters, n, options))
+            part.write_text(_inductor_code(function, letters, n, options), encoding="utf-8")
             part.replace(path)
             return _imported(path)
     except Exception as error:  # whatever a compiler can do wrong
