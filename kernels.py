@@ -19,6 +19,7 @@ import functools
 import hashlib
 import importlib.util
 import itertools
+import logging
 import math
 import os
 import warnings
@@ -533,6 +534,8 @@ def _compiled(function, letters, n, **options):
     on a machine. The module that Inductor writes is kept among its caches: to trace the function again, only to find
     its code there, would take most of that time in every process."""
     try:
+        # to a CUDA toolkit without a GPU it has a line to say, in the middle of a run on a CPU
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         from torch._inductor import config
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
