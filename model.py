@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
+from kernels import causal_conv1d, selective_scan
 
 Mixer = Literal["standard", "mamba", "fractal"]
 Range = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
@@ -204,41 +204,6 @@ def map_state(f, state):
     return None if state is None else f(state)
 
 
-class Derived(nn.Module):
-    """make(*weights), kept while gradients are off and the weights stay as they are, since decoding asks for it at
-    every token. A weight written to counts a version, one replaced has another address; what may write without a
-    trace (fused optimizers, .data) comes with gradients, train() or eval(), which forget."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-        self.forget()
-
-    def forget(self):
-        self.versions = self.value = self.held = None
-
-    def train(self, mode=True):
-        self.forget()
-        return super().train(mode)
-
-    def get(self, *weights):
-        if torch.compiler.is_compiling():
-            return self.make(*weights)
-        if torch.is_grad_enabled() or weights[0].is_inference():  # inference tensors count no versions
-            self.forget()
-            return self.make(*weights)
-        versions = [(w.data_ptr(), w._version) for w in weights]
-        if versions != self.versions:
-            self.versions, self.value = versions, self.make(*weights)
-            self.held = [w.detach() for w in weights]  # so that no new tensor comes to lie at an old address
-        return self.value
-
-
-def one_step(x, state):
-    """Whether x (B, 1, C) is a position of decoding, which mixers take in fewer operations"""
-    return x.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
@@ -253,7 +218,7 @@ def rotary_table(S: int, hs: int, dtype: torch.dtype, device: torch.device):
 
 @functools.lru_cache(maxsize=16)
 def cached_rotary_table(*args):
-    """rotary_table, which decoding asks for at every token; never an inference tensor, which training could not use."""
+    """rotary_table, made once; never an inference tensor, which training could not use."""
     with torch.inference_mode(False):
         return rotary_table(*args)
 
@@ -311,8 +276,8 @@ class MultiHeadAttention(nn.Module):
             v = torch.cat((past_v.to(v.dtype), v), dim=2)
         S = k.shape[2]
         new_k, new_v = last(k, self.window - 1, 2), last(v, self.window - 1, 2)
-        if T > 1:  # or the state would hold on to all of k and v, and compiled code meet other strides than at first
-            new_k, new_v, valid = new_k.contiguous(), new_v.contiguous(), valid.contiguous()
+        # or the state would hold on to all of k and v, and compiled code meet other strides than at first
+        new_k, new_v, valid = new_k.contiguous(), new_v.contiguous(), valid.contiguous()
 
         if self.rope:
             cos, sin = constant_rotary_table(S, C // self.n_head, x.dtype, x.device)
@@ -333,10 +298,6 @@ def last(t, n, dim):
 def attention_mask(B, T, W, past_valid, reset, device):
     """What each query sees, (B, 1, T, S), or None for the plain causal triangle; and which of the last W-1 keys the
     next call may see, (B, W-1). past_valid (B, W-1): the same for this call, None: the stream starts here."""
-    if past_valid is not None and T == 1:  # nothing in the state is out of reach but by its validity
-        valid = past_valid if reset is None else past_valid & ~reset
-        valid = torch.cat((valid, valid.new_ones(B, 1)), dim=1)
-        return valid[:, None, None], valid[:, 1:]
     document = torch.zeros(B, T, dtype=torch.int, device=device) if reset is None else reset.cumsum(1)
     valid = torch.ones_like(document, dtype=torch.bool)
     if past_valid is not None:
@@ -386,12 +347,6 @@ class MambaBlock(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1, self.d_state + 1).float().log().repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, C, bias=False)
-        self.derived = Derived(self.derive)
-
-    @staticmethod
-    def derive(A_log, conv_weight):
-        """A (d_inner, N) and the convolution's taps (d_inner, d_conv), each tap's row contiguous"""
-        return -A_log.exp(), conv_weight.squeeze(1).t().contiguous().t()
 
     def initial_state(self, B, device, dtype):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -399,30 +354,15 @@ class MambaBlock(nn.Module):
                 torch.zeros(B, self.d_inner, self.d_state, device=device, dtype=wide))
 
     def forward(self, x, state, reset):
-        if one_step(x, state):
-            return self.step(x, state, reset)
         conv, h = state or (None, None)
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, d_inner) each
-        A, weight = self.derived.get(self.A_log, self.conv1d.weight)
-        x, conv = causal_conv1d(x, weight, self.conv1d.bias, "silu", initial_state=conv, reset=reset,
-                                return_final_state=True)
+        x, conv = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", initial_state=conv,
+                                reset=reset, return_final_state=True)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)  # (B, T, d_inner); its bias joins inside the scan, in float32
-        y, h = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True,
+        y, h = selective_scan(x, dt, -self.A_log.exp(), B, C, self.D, z, self.dt_proj.bias, delta_softplus=True,
                               initial_state=h, reset=reset, return_last_state=True)
         return self.out_proj(y), (conv, h)
-
-    def step(self, x, state, reset):
-        """forward for one position; each operation costs microseconds here, so there are few"""
-        conv, h = state
-        reset = None if reset is None else reset[:, 0]
-        A, weight = self.derived.get(self.A_log, self.conv1d.weight)
-        x, z = F.linear(x.squeeze(1), self.in_proj.weight).chunk(2, dim=-1)  # (B, d_inner) each
-        x, conv = causal_conv1d_step(conv.to(x.dtype), x, weight, self.conv1d.bias, "silu", reset, return_state=True)
-        dt, B, C = F.linear(x, self.x_proj.weight).split_with_sizes([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight)  # (B, d_inner)
-        y, h = selective_scan_step(h, x, dt, A, B, C, self.D, z, self.dt_proj.bias, True, reset, return_state=True)
-        return F.linear(y, self.out_proj.weight).unsqueeze(1), (conv, h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,7 +407,6 @@ class FractalBlock(nn.Module):
         self.W_in = nn.Linear(C, 2 * sum(self.dims), bias=False)
         self.fractals = nn.ModuleList(FractalModule(c, H, self.kernel) for c, H in zip(self.depths, self.dims))
         self.W_out = nn.Linear(sum(self.dims), C, bias=False)
-        self.derived = Derived(self.derive)
 
     def budget(self, depth: int) -> int:
         return min(depth, self.levels or depth)
@@ -477,7 +416,7 @@ class FractalBlock(nn.Module):
                   for group in self.groups for L in units_together(self.budget(self.depths[group[0]]))]
         return tuple(torch.zeros(B, self.kernel - 1, width, device=device, dtype=dtype) for width in widths)
 
-    def derive(self, *_):
+    def packed(self):
         """For each group of n modules of depth C, padded with zeros: convolutions (C, n H, w), matrices (C, n, H, H),
         transposed, join weights (C - 1, n, 1), 1 / true width and eps (n, 1)"""
         packed = []
@@ -503,7 +442,7 @@ class FractalBlock(nn.Module):
                              f"{expected}; start a new state when the levels change")
         past = iter([None] * expected if state is None else state)
         outputs, states = [None] * len(self.dims), []
-        for group, weights in zip(self.groups, self.derived.get(*self.fractals.parameters())):
+        for group, weights in zip(self.groups, self.packed()):
             fractal = _FractalGroup(self, group, weights, past, reset, x)
             padded = [F.pad(z[k], (0, p)) if (p := fractal.H - self.dims[k]) else z[k] for k in group]
             y = fractal.norm(fractal.run(torch.stack(padded, dim=2)))  # (B, T, n, H)
@@ -549,11 +488,7 @@ class _FractalGroup:
         levels, L, past = slice(low - 1, high), high - low + 1, next(self.past)
         conv, M = self.conv[levels].flatten(0, 1), self.M[levels].flatten(0, 1)  # (L n H, w), (L n, H, H)
         v = self.norm(z, copies=L).reshape(B, T, L * n * H)
-        if one_step(v, past):
-            reset = None if self.reset is None else self.reset[:, 0]
-            v, state = causal_conv1d_step(past.to(v.dtype), v[:, 0], conv, None, "silu", reset, return_state=True)
-        else:
-            v, state = causal_conv1d(v, conv, None, "silu", past, self.reset, return_final_state=True)
+        v, state = causal_conv1d(v, conv, None, "silu", past, self.reset, return_final_state=True)
         self.states.append(state)
         v = torch.bmm(v.view(B * T, L * n, H).transpose(0, 1), M)  # (L n, B T, H)
         return self.norm(v.transpose(0, 1).view(B, T, L, n, H)).unbind(2)
@@ -623,14 +558,12 @@ class FeedForward(nn.Module):
         if in_parts and eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
             rows = x.reshape(-1, x.shape[-1])
             return SquaredReLU.apply(rows, self.c_fc.weight, self.c_proj.weight).view_as(x)
-        x = self.c_fc(x)
+        return self.c_proj(self.activate(self.c_fc(x)))
+
+    def activate(self, x):
         if self.activation == "relu2":
-            x = F.relu(x).square()
-        elif self.activation == "gelu_tanh":
-            x = F.gelu(x, approximate="tanh")
-        else:
-            x = F.silu(x)
-        return self.c_proj(x)
+            return F.relu(x).square()
+        return F.gelu(x, approximate="tanh") if self.activation == "gelu_tanh" else F.silu(x)
 
 
 class Block(nn.Module):

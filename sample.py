@@ -16,29 +16,29 @@ import argparse
 import codecs
 import contextlib
 import difflib
-import logging
+import itertools
 import math
 import os
 import secrets
-import signal
 import sys
 import time
-import warnings
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
-from model import GPT, GPTConfig, map_state
+from kernels import selective_scan_step
+from model import GPT, GPTConfig, RMSNorm, eager_cpu, map_state, rotary_table, rotate
 from prepare import DataError, Tokenizer, publish, temporary_file, text_chunks
 
 CHECKPOINT_FORMAT = 1
 COMPILE_FROM = 2**20  # bytes of a file: to compile the scan for a CPU takes longer than to read less as it is
-COMPILE_STEP_FROM = 10_000  # new tokens: to compile decoding for a CPU takes longer than to write fewer as it is
 
 
 class SampleError(Exception):
@@ -86,6 +86,224 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+#
+# A decoder is one position of a mixer, a layer or the model: a function of x (B, C) that owns what it remembers. It is
+# made from a state, which it leaves alone, and from the weights as they are then. An operation costs microseconds here,
+# more than its arithmetic, so there are few: weights and views are bound once, memory is changed in place.
+
+
+def product_type(weight) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def product(weight, bias=None):
+    """x (B, in) -> x weight^T + bias, in the type that products have here"""
+    dtype = product_type(weight)
+    weight = weight.to(dtype).t()
+    return partial(torch.mm, mat2=weight) if bias is None else partial(torch.addmm, bias.to(dtype), mat2=weight)
+
+
+def normalisation(norm):
+    """norm, on a CPU with its numbers bound: half of its time goes by around its operations"""
+    if not isinstance(norm, RMSNorm) or not eager_cpu(norm.weight):
+        return norm
+    weight, eps, C = norm.weight, torch.tensor(norm.eps, dtype=norm.weight.dtype), len(norm.weight)
+
+    def step(x):
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=eps.dtype)
+        return torch.addcmul(eps, size, size, value=1 / C).rsqrt_().mul(x).mul_(weight)
+    return step
+
+
+def decode_attention(mixer, state):
+    """Keys, rotated, and values lie in memory for twice the window, each at the slot of its position. When that is full
+    the newest move to its beginning, and keys are turned back by as much."""
+    past_k, past_v, valid = state  # (B, nh, W-1, hs) twice, (B, W-1)
+    (B, nh, kept, hs), W, room = past_k.shape, mixer.window, 2 * mixer.window
+    c_attn, c_proj = (product(linear.weight, linear.bias) for linear in (mixer.c_attn, mixer.c_proj))
+    weight = mixer.c_attn.weight
+    k, v = past_k.new_zeros(2, B, nh, room, hs, dtype=product_type(weight))
+    cos, sin = rotary_table(room + 1, hs, weight.dtype, weight.device)
+    q_norm, k_norm = (norm and normalisation(norm) for norm in (mixer.q_norm, mixer.k_norm))
+    k[:, :, :kept] = rotate(past_k, cos[:kept], sin[:kept]) if mixer.rope else past_k
+    v[:, :, :kept] = past_v
+    first, end = int((~valid.any(0)).cumprod(0).sum()), kept  # slots in use
+    mask = torch.cat((valid, valid.new_ones(B, room - kept)), 1)[:, None, None]
+    mask = None if valid[:, first:].all() else mask
+
+    def step(x):
+        nonlocal first, end, mask
+        if end == room:
+            turn = cos[W + 1], -sin[W + 1]
+            k[:, :, :kept] = rotate(k[:, :, W + 1:], *turn) if mixer.rope else k[:, :, W + 1:]
+            v[:, :, :kept] = v[:, :, W + 1:]
+            first, end, mask = 0, kept, None
+        q, new_k, new_v = c_attn(x).view(B, 3, nh, hs).unbind(1)
+        if q_norm is not None:
+            q, new_k = q_norm(q), k_norm(new_k)
+        if mixer.rope:
+            q, new_k = rotate(q, cos[end], sin[end]), rotate(new_k, cos[end], sin[end])
+        k[:, :, end], v[:, :, end] = new_k, new_v
+        end += 1
+        seen = slice(max(first, end - W), end)
+        y = F.scaled_dot_product_attention(q[:, :, None].to(v.dtype), k[:, :, seen], v[:, :, seen],
+                                           None if mask is None else mask[..., seen])
+        return c_proj(y.reshape(B, -1))
+    return step
+
+
+def decode_convolution(weight, bias, past):
+    """x -> silu(bias + the causal convolution) for weight (W, ..) and past, the last W-1 inputs, (W-1, ..). Kept are not
+    inputs but the next W outputs, each with as much of its sum as is known, which takes fewer operations."""
+    W, wide = len(weight), torch.promote_types(weight.dtype, torch.float32)
+    weight, bias = weight.to(wide).flip(0), bias.to(wide)  # the last tap belongs to the output of now
+    sums = weight.new_zeros(W, *torch.broadcast_shapes(weight.shape[1:], past.shape[1:])) + bias
+    turns = itertools.cycle([(weight.roll(i, 0), sums[i]) for i in range(W)])
+
+    def step(x):
+        taps, now = next(turns)
+        sums.addcmul_(taps, x)
+        y = F.silu(now)
+        now.copy_(bias)
+        return y
+
+    for x in past.to(wide):
+        step(x)
+    return step
+
+
+def decode_mamba(mixer, state):
+    conv, h = state  # (B, W-1, d_inner), (B, d_inner, N)
+    in_proj, x_proj, dt_proj, out_proj = (
+        product(linear.weight) for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj))
+    taps = mixer.conv1d.weight.permute(2, 1, 0)  # (W, 1, d_inner)
+    convolution = decode_convolution(taps, mixer.conv1d.bias, conv.transpose(0, 1))
+    A, h = (x.mT.clone(memory_format=torch.contiguous_format).mT for x in (-mixer.A_log.exp(), h))
+    D, dt_bias, parts = mixer.D, mixer.dt_proj.bias, [mixer.dt_rank, mixer.d_state, mixer.d_state]
+
+    def step(x):
+        x, z = in_proj(x).chunk(2, 1)  # (B, d_inner) each
+        x = convolution(x)
+        dt, B, C = x_proj(x).split_with_sizes(parts, 1)
+        return out_proj(selective_scan_step(h, x, dt_proj(dt), A, B, C, D, z, dt_bias, True))
+    return step
+
+
+def decode_fractal(mixer, state):
+    """W_in and W_out have zeros where modules are padded to the width H of their group, so that z comes as (B, n H)."""
+    past, groups, sizes, order = iter(state), [], [], []
+    starts = [0, *itertools.accumulate(mixer.dims)]  # of the modules among the S channels, of which there are S
+    for group, weights in zip(mixer.groups, mixer.packed()):
+        groups.append(decode_fractal_group(weights, mixer.budget(mixer.depths[group[0]]), past))
+        H = max(mixer.dims[k] for k in group)
+        order += [starts[k] + i if i < mixer.dims[k] else starts[-1] for k in group for i in range(H)]
+        sizes.append(len(group) * H)
+    W_in = F.pad(mixer.W_in.weight.unflatten(0, (2, -1)), (0, 0, 0, 1))[:, order].flatten(0, 1)
+    W_in, W_out = product(W_in), product(F.pad(mixer.W_out.weight, (0, 1))[:, order])
+
+    def step(x):
+        z, gate = W_in(x).chunk(2, 1)
+        y = [group(z_g) for group, z_g in zip(groups, z.split(sizes, 1))]
+        return W_out(torch.cat(y, 1) * F.silu(gate))
+    return step
+
+
+def decode_fractal_group(weights, budget, past):
+    """The n modules of one depth: z (B, n H) -> n(f(z)) (B, n H), by a function for each application. past: the states
+    of the applications, in evaluation order."""
+    conv, M, p, inverse_H, eps = weights  # (C, n H, w), (C, n, H, H), (C - 1, n, 1), (n, 1) twice
+    (depth, n, H, _), wide = M.shape, inverse_H.dtype
+    p, inverse_H, eps = p[..., None].to(wide), inverse_H[:, None], eps[:, None]
+
+    def norm(z):  # (.., n, B, H)
+        size = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=wide)
+        return z * torch.addcmul(eps, size.square_(), inverse_H).rsqrt_()
+
+    def units(low, high):
+        inputs, levels = next(past), slice(low - 1, high)
+        L, B = high - low + 1, len(inputs)
+        matrices = M[levels].flatten(0, 1).to(product_type(M))
+        taps = conv[levels].view(L, n, 1, H, -1).movedim(-1, 0)
+        convolution = decode_convolution(taps, taps.new_zeros(()), inputs.view(B, -1, L, n, H).permute(1, 2, 3, 0, 4))
+
+        def step(z):
+            v = torch.bmm(convolution(norm(z)).view(L * n, B, H), matrices)
+            return norm(v.view(L, n, B, H)).unbind(0)
+        return step
+
+    def f(c, level):  # as FractalBlock's run
+        low = c - (budget - level)
+        shallow = units(low, c)
+        deep = [f(i - 1, level + c - i + 1) for i in range(low + 1, c + 1)]
+        share = p[low - 1:c - 1]
+
+        def step(z):
+            y, *others = shallow(z)
+            for deeper, u, p_i in zip(deep, others, share):
+                y = torch.lerp(u, deeper(y), p_i)
+            return y
+        return step
+
+    whole = f(depth, 1)
+    return lambda z: norm(whole(z.unflatten(1, (n, H)).transpose(0, 1))).transpose(0, 1).flatten(1)
+
+
+def decode_by_forward(mixer, state):
+    """For a mixer that has no decoder of its own"""
+    def step(x):
+        nonlocal state
+        y, state = mixer(x[:, None], state, None)
+        return y[:, 0]
+    return step
+
+
+DECODERS = {"standard": decode_attention, "mamba": decode_mamba, "fractal": decode_fractal}
+
+
+def decode_block(block, state):
+    mixer = DECODERS.get(block.kind, decode_by_forward)(block.mixer, state)
+    resize = None if block.resize is None else product(block.resize.weight)
+    norm_1, norm_2 = (norm and normalisation(norm) for norm in (block.ln_1, block.ln_2))
+    if block.ffn is not None:
+        up, down = (product(linear.weight, linear.bias) for linear in (block.ffn.c_fc, block.ffn.c_proj))
+
+    def step(x, skip):
+        x = x if resize is None else resize(x).to(x.dtype)
+        x = x if skip is None else x + skip
+        x = x + mixer(norm_1(x))
+        return x if block.ffn is None else x + down(block.ffn.activate(up(norm_2(x))))
+    return step
+
+
+@torch.no_grad()
+def decoder(model: GPT, state: dict):
+    """A function of the next token (B, 1) that gives the logits after it (B, V), for the stream that has come to this
+    state: the model's forward, token by token, in half of the time or less. Weights that change later are not heeded."""
+    blocks = [decode_block(block, s) for block, s in zip(model.h, state["layers"])]
+    head, norm, n_layer = product(model.lm_head.weight), normalisation(model.ln_f), len(blocks)
+    skips = {int(i): product(linear.weight) for i, linear in model.skip.items()}
+    ngrams, pos = (map_state(torch.clone, state.get(key)) for key in ("ngrams", "pos"))
+
+    @torch.inference_mode()
+    def step(token):
+        nonlocal ngrams
+        x, outputs = F.embedding(token[:, 0], model.wte.weight), []
+        if pos is not None:
+            x = x + model.wpe(pos)
+            pos.add_(1)
+        if model.ngrams is not None:
+            grams, ngrams = model.ngrams(token, ngrams, None)
+            x = x + grams[:, 0]
+        for i, block in enumerate(blocks):
+            x = block(x, skips[i](outputs[n_layer - 1 - i]) if i in skips else None)
+            outputs.append(x)
+        return head(norm(x))
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
 
@@ -124,35 +342,10 @@ def prefill(model: GPT, idx):
     return logits, state
 
 
-@contextlib.contextmanager
-def quiet_compiler():
-    """Within, PyTorch keeps to itself what it has to say of its own machinery."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def compiled_step(model: GPT, token, state):
-    """model as native code for decoding with a state like this one; model itself, and a warning, where that fails."""
-    step = torch.compile(model, dynamic=False, fullgraph=True)
-    try:
-        with quiet_compiler():
-            step(token, state=state)
-    except Exception as error:  # whatever a compiler can do wrong
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"warning: decoding could not be compiled, it goes on more slowly ({reason})", file=sys.stderr)
-        return model
-    return step
-
-
 @torch.no_grad()
 def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
              top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
-             generator: torch.Generator | None = None, num_samples: int = 1, n_vocab: int | None = None,
-             compile_step: bool = False) -> Iterator:
+             generator: torch.Generator | None = None, num_samples: int = 1, n_vocab: int | None = None) -> Iterator:
     """
     Continue idx (B, T) int64: yields max_new_tokens tensors (B * num_samples,), the samples of a row side by side.
 
@@ -164,8 +357,7 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
     are divided by it, negative ones multiplied), temperature (0: the most likely token), top_k, top_p (nucleus, arXiv
     1904.09751, of what top_k left), min_p (arXiv 2407.01082: at least min_p times the highest probability). The most
     likely token always stays. Tokens from n_vocab on, the padding of a vocabulary, are never drawn. All draws come
-    from `generator`, on the model's device, so that the program's own random numbers stay as they are. compile_step
-    has torch.compile make native code of a step, which takes seconds and rounds in another order.
+    from `generator`, on the model's device, so that the program's own random numbers stay as they are.
     """
     learned, block_size = model.config.position == "learned", model.config.block_size
     wide = torch.float32 if idx.device.type == "mps" else torch.float64  # MPS has no float64
@@ -179,7 +371,8 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
             raise SampleError("the model's logits are not finite; use an earlier checkpoint")
         logits, state, recent, seen = map_state(
             lambda t: t.repeat_interleave(num_samples, 0), (logits, state, recent, seen))
-        step = model
+        in_shares = any(hasattr(p, "full_tensor") for p in model.parameters())  # FSDP: whole within forward only
+        step = None if in_shares else decoder(model, state)
         for i in range(max_new_tokens):
             row = logits[:, -1].to(wide)  # (B, V)
             if repetition_penalty != 1:
@@ -195,11 +388,10 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
                 recent = torch.cat((recent[:, full:], token), dim=1)
             if full:
                 logits, state = prefill(model, recent)
+            elif step is None:
+                logits, _, state = model(token, state=state)
             else:
-                with torch.inference_mode():  # a tenth less time than no_grad; what is yielded stays a usual tensor
-                    logits, _, state = step(token, state=state)
-                    if compile_step and i == 0:  # the state has a step's strides from here on
-                        step = compiled_step(model, token, state)
+                logits = step(token)[:, None]
     finally:
         model.train(training)
 
@@ -374,23 +566,8 @@ def write_samples(model: GPT, tokenizer: Tokenizer, args):
     streams = [TextStream(tokenizer, args.stop) for _ in range(args.num_samples)]
     texts = [[] for _ in streams]
     n_tokens, start, first = 0, time.perf_counter(), None
-    carries_on = model.config.position != "learned"  # that table's end turns each step into a prefill
-    compile_step = args.device.type == "cpu" and carries_on and args.max_new_tokens >= COMPILE_STEP_FROM
-    if compile_step:
-        print("decoding is compiled first, in some 20 seconds, 5 from its cache", file=sys.stderr)
-    pressed = []
-
-    def interrupt(*_):  # an exception here could fall into what checks compiled code before a call, and be lost
-        pressed.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait for the token
-
-    for i, tokens in enumerate(generate(
-            model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
-            args.repetition_penalty, generator, args.num_samples, tokenizer.n_vocab, compile_step)):
-        if compile_step and i == 1:  # compiled by now
-            signal.signal(signal.SIGINT, interrupt)
-        if pressed:
-            raise KeyboardInterrupt
+    for tokens in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
+                           args.repetition_penalty, generator, args.num_samples, tokenizer.n_vocab):
         for stream, text, token in zip(streams, texts, tokens.tolist()):
             if not stream.done:
                 text.append(stream.push(token))

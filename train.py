@@ -21,12 +21,14 @@ import functools
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import shlex
 import signal
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_origin
@@ -51,7 +53,7 @@ from tqdm import tqdm
 import kernels
 from model import GPT, Block, GPTConfig, Probability, map_state
 from prepare import DataError, DataLoader, Tokenizer, eval_blocks, eval_lanes, load_corpus
-from sample import CHECKPOINT_FORMAT, SampleError, choose_device, generate, load_checkpoint, quiet_compiler
+from sample import CHECKPOINT_FORMAT, SampleError, choose_device, generate, load_checkpoint
 
 CONFIG_FILE = Path("current_configuration.json")
 SCHEMA_FILE = Path("current_configuration.schema.json")
@@ -579,6 +581,17 @@ def cannot_compile(device: torch.device) -> str:
     if device.type == "cuda":
         return "" if torch.cuda.get_device_capability(device) >= (7, 0) else "this GPU is too old for Triton"
     return "" if device.type == "cpu" else f"not supported on {device.type}"
+
+
+@contextlib.contextmanager
+def quiet_compiler():
+    """Within, PyTorch keeps to itself what it has to say of its own machinery."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def compile_layers(model: GPT):

@@ -7,7 +7,7 @@ Where the CPU multiplies bfloat16, two candidates run once more, under autocast;
 The process keeps freed memory for all of them, as train.py does.
   tokens/s   of a training step
   ms/token   of decoding at batch 1 from a prompt of 16 tokens, the most likely token each time; the first and the last
-             tenth of the tokens show whether it stays constant; compiled: as sample.py does for long samples
+             tenth of the tokens show whether it stays constant
   MB         peak extra memory of two training steps, optimizer state included: VmHWM less VmRSS before the model is
              made, in a fresh process
 nanoGPT: its model rebuilt from its published configuration (github.com/karpathy/nanoGPT). mamba.py: mambapy's Mamba
@@ -35,8 +35,8 @@ from machine import cpu, multiplies_bfloat16, resident
 
 import kernels
 from model import GPT, GPTConfig
-from sample import compiled_step, quiet_compiler
-from train import compile_layers, keep_freed_memory
+from sample import decoder
+from train import compile_layers, keep_freed_memory, quiet_compiler
 
 V = 256
 MAMBA = {"C": 256, "layers": 4}
@@ -198,10 +198,7 @@ def decode(name, tokens):
         keys = {"ffn_mult": 0} if kind == "mamba" else {}
         model = ours(**MAMBA, kind=kind, block_size=256, **keys).eval()
         logits, _, state = model(idx, last_only=True)
-        if "compiled" in name:
-            token = logits.reshape(1, -1).argmax(-1, keepdim=True)
-            logits, _, state = model(token, state=state)
-            model = compiled_step(model, token, state)
+        step = decoder(model, state)
     seconds = []
     for _ in range(tokens):
         start = time.perf_counter()
@@ -215,14 +212,13 @@ def decode(name, tokens):
             out = model(token, cache_params=out.cache_params, use_cache=True)
             logits = out.logits[:, -1]
         else:
-            logits, _, state = model(token, state=state)
+            logits = step(token)
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
 def decoding(tokens):
-    names = ["ours, Mamba", "ours, attention over 256", "mamba.py", "transformers Mamba", "transformers GPT-2",
-             "ours, Mamba, compiled", "ours, attention over 256, compiled"]
+    names = ["ours, Mamba", "ours, attention over 256", "mamba.py", "transformers Mamba", "transformers GPT-2"]
     title = f"decoding {tokens} tokens, 4 x 256"
     print(f"\n{title:42}{'ms/token':>10}{'first 10 %':>12}{'last 10 %':>12}{'/ ours':>8}")
     rows, tenth = [], tokens // 10

@@ -134,20 +134,6 @@ def test_padded_vocabulary_is_never_drawn():
     assert max(map(max, tokens_of(model, prompt_of(2), 4, n_vocab=257, **keys))) < 257
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attention_type", [["mamba", "standard"], "fractal"], ids=str)
-def test_compiled_decoding_is_recomputing(attention_type):
-    """One compilation for a whole sample, window and n-grams filled or not, and the weights' own numbers."""
-    model, idx = make_model(attention_type, n_layer=2, fractal_depth_range=[2, 2], ngram_orders=[3]), prompt_of(5)
-    expected = greedy_from_scratch(model, idx, 40)
-    assert len(set(expected[0])) > 8
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        assert tokens_of(model, idx, 40, temperature=0, compile_step=True) == expected
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
 def test_time_per_token_is_flat():
     model = make_model(["mamba", "standard"], dtype=torch.float32, n_layer=2)
     streams = [generate(model, prompt_of(4), 1000) for _ in range(2)]
@@ -318,23 +304,6 @@ def test_seed(capsys, hybrid):
     draws = [run(capsys, "--model_path", hybrid, "--max_new_tokens", 20, *seed).out
              for seed in (("--seed", 3), ("--seed", 3), ("--seed", 4), ())]
     assert draws[0] == draws[1] and len(set(draws)) == 3
-
-
-def test_long_samples_are_compiled_where_that_works(capsys, hybrid, monkeypatch, tmp_path):
-    flags = "--model_path", hybrid, "--max_new_tokens", 12, "--seed", 3
-    plain = run(capsys, *flags).out
-
-    def no_compiler(*args, **keys):
-        raise RuntimeError("no g++\nand much more")
-
-    monkeypatch.setattr(torch, "compile", lambda *args, **keys: no_compiler)
-    assert "compiled first" not in run(capsys, *flags).err
-    monkeypatch.setattr(sample, "COMPILE_STEP_FROM", 12)
-    out, err = run(capsys, *flags)
-    assert out == plain and "decoding is compiled first" in err
-    assert "warning: decoding could not be compiled, it goes on more slowly (RuntimeError: no g++)\n" in err
-    learned = save(make_model("mamba", torch.float32, position="learned"), tmp_path / "m.pt")
-    assert "compiled first" not in run(capsys, "--model_path", learned, *flags[2:]).err
 
 
 def test_flags_reach_the_sampler(capsys, hybrid):
@@ -531,11 +500,10 @@ def test_unusable_models_and_files(capsys, hybrid, tmp_path):
         assert str(tmp_path) in error_of(capsys, "--model_path", hybrid, flag, tmp_path)
 
 
-@pytest.mark.parametrize("how, n", [
-    ("closed pipe", 9999), ("Ctrl-C", 9999), pytest.param("Ctrl-C", 10**9, marks=pytest.mark.slow)])
-def test_the_reader_may_leave(tmp_path, how, n):
+@pytest.mark.parametrize("how", ["closed pipe", "Ctrl-C"])
+def test_the_reader_may_leave(tmp_path, how):
     endless = save(spelling_model("abé☃".encode(), after_last=ord("a")), tmp_path / "m.pt")
-    command = [sys.executable, ROOT / "sample.py", "--model_path", endless, "--max_new_tokens", str(n)]
+    command = [sys.executable, ROOT / "sample.py", "--model_path", endless, "--max_new_tokens", str(10**9)]
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     process = subprocess.Popen(  # a shell that runs the tests in the background leaves them Ctrl-C ignored
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
@@ -548,6 +516,6 @@ def test_the_reader_may_leave(tmp_path, how, n):
         else:
             process.send_signal(signal.SIGINT)
         assert process.wait(60) == (0 if how == "closed pipe" else 130)
-        assert len(process.stderr.read().splitlines()) == 1 + (n >= sample.COMPILE_STEP_FROM)  # the model, a note
+        assert len(process.stderr.read().splitlines()) == 1  # the model
     finally:
         process.kill()
