@@ -12,6 +12,7 @@ and the same gradients. The model never detaches a state: the training loop does
 """
 
 import functools
+import itertools
 import math
 import random
 from typing import Annotated, Literal
@@ -433,23 +434,33 @@ class FractalBlock(nn.Module):
                            inverse_H, torch.full_like(inverse_H, self.eps)))
         return packed
 
+    def in_groups(self, weight):
+        """weight (_, S, ..) with the S channels in the order of the groups, modules padded with zeros: (_, sum n H, ..)"""
+        parts, zeros = weight.split(self.dims, dim=1), (0, 0) * (weight.dim() - 2)
+        widths = [max(self.dims[k] for k in group) for group in self.groups for _ in group]
+        return torch.cat([F.pad(parts[k], (*zeros, 0, H - self.dims[k])) if H > self.dims[k] else parts[k]
+                          for k, H in zip(itertools.chain(*self.groups), widths)], dim=1)
+
+    def projections(self):
+        """W_in (2 sum n H, C) and W_out (C, sum n H) for channels as in_groups has them"""
+        return self.in_groups(self.W_in.weight.unflatten(0, (2, -1))).flatten(0, 1), self.in_groups(self.W_out.weight)
+
     def forward(self, x, state, reset):
-        z, gate = self.W_in(x).chunk(2, dim=-1)  # (B, T, S) each
-        z = z.split(self.dims, dim=-1)
+        W_in, W_out = self.projections()
+        z, gate = F.linear(x, W_in).chunk(2, dim=-1)  # (B, T, sum n H) each
         expected = sum(2 ** (self.budget(self.depths[group[0]]) - 1) for group in self.groups)
         if state is not None and len(state) != expected:
             raise ValueError(f"fractal_levels: the state has {len(state)} entries a layer, this model's setting needs "
                              f"{expected}; start a new state when the levels change")
         past = iter([None] * expected if state is None else state)
-        outputs, states = [None] * len(self.dims), []
-        for group, weights in zip(self.groups, self.packed()):
+        packed, outputs, states = self.packed(), [], []
+        for group, weights, z in zip(self.groups, packed, z.split([conv.shape[1] for conv, *_ in packed], dim=-1)):
             fractal = _FractalGroup(self, group, weights, past, reset, x)
-            padded = [F.pad(z[k], (0, p)) if (p := fractal.H - self.dims[k]) else z[k] for k in group]
-            y = fractal.norm(fractal.run(torch.stack(padded, dim=2)))  # (B, T, n, H)
-            for i, k in enumerate(group):
-                outputs[k] = y[:, :, i, : self.dims[k]]
+            y = fractal.norm(fractal.run(z.unflatten(-1, (len(group), -1))))  # (B, T, n, H)
+            outputs.append(y.flatten(2))
             states += fractal.states
-        return self.W_out(torch.cat(outputs, dim=-1) * F.silu(gate)), tuple(states)
+        y = torch.cat(outputs, dim=-1)
+        return F.linear(y * F.silu(gate.to(y.dtype)), W_out), tuple(states)
 
 
 def units_together(levels: int) -> list[int]:
@@ -457,11 +468,32 @@ def units_together(levels: int) -> list[int]:
     return [levels] + [L for deep in range(1, levels) for L in units_together(deep)]
 
 
+class ModuleNormCPU(torch.autograd.Function):
+    """y = z r, r = (inverse_H sum z^2 + eps)^-1/2 over the last dimension, in float32 at least: on a CPU to change types
+    costs as much as the arithmetic. dz = r (dy - y inverse_H sum dy y)."""
+
+    @staticmethod
+    def forward(ctx, z, inverse_H, eps):
+        ctx.dtype, z = z.dtype, z.to(inverse_H.dtype)
+        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+        r = torch.addcmul(eps, norm.square_(), inverse_H).rsqrt_()
+        y = z * r
+        ctx.save_for_backward(y, r, inverse_H)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        y, r, inverse_H = ctx.saved_tensors
+        along = torch.linalg.vecdot(dy, y)[..., None].mul_(-inverse_H)
+        return torch.addcmul(dy, y, along).mul_(r).to(ctx.dtype), None, None
+
+
 class _FractalGroup:
     """One forward call of the n modules of a layer that share a depth, padded to their greatest width H."""
 
     def __init__(self, block: FractalBlock, group: list[int], weights, past, reset, x):
-        self.depth, self.H = block.depths[group[0]], max(block.dims[k] for k in group)
+        self.depth = block.depths[group[0]]
         self.conv, self.M, self.p, self.inverse_H, self.eps = weights
         self.budget, self.past, self.reset, self.states = block.budget(self.depth), past, reset, []
         self.drop, self.cut = 0.0, None
@@ -472,22 +504,19 @@ class _FractalGroup:
             cut_now = torch.rand(shape, device=x.device) < block.level_drop
             self.cut = torch.where(cut_now, cut, self.depth)  # (B, n)
 
-    def norm(self, z, copies=None):
-        """z (..., n, H), zero in its padding -> RMS-normalised over each module's true width; copies inserts a
-        dimension of that size before n"""
+    def norm(self, z):
+        """z (..., n, H), zero in its padding -> RMS-normalised over each module's true width"""
+        if z.device.type == "cpu" and not torch.compiler.is_compiling():
+            return ModuleNormCPU.apply(z, self.inverse_H, self.eps)
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=self.inverse_H.dtype)
-        r = torch.addcmul(self.eps, norm.square(), self.inverse_H).rsqrt_()
-        if copies is not None:
-            z, r = z.unsqueeze(-3), r.unsqueeze(-3).expand(*r.shape[:-2], copies, -1, -1)
-        y = z * r
-        return y if y.dtype == z.dtype else y.to(z.dtype)
+        return (z * torch.addcmul(self.eps, norm.square(), self.inverse_H).rsqrt_()).to(z.dtype)
 
     def units(self, z, low, high):
         """u_low(z) .. u_high(z), (B, T, n, H) each"""
         B, T, n, H = z.shape
         levels, L, past = slice(low - 1, high), high - low + 1, next(self.past)
         conv, M = self.conv[levels].flatten(0, 1), self.M[levels].flatten(0, 1)  # (L n H, w), (L n, H, H)
-        v = self.norm(z, copies=L).reshape(B, T, L * n * H)
+        v = self.norm(z)[:, :, None].expand(B, T, L, n, H).reshape(B, T, L * n * H)
         v, state = causal_conv1d(v, conv, None, "silu", past, self.reset, return_final_state=True)
         self.states.append(state)
         v = torch.bmm(v.view(B * T, L * n, H).transpose(0, 1), M)  # (L n, B T, H)

@@ -192,19 +192,13 @@ def decode_mamba(mixer, state):
 
 
 def decode_fractal(mixer, state):
-    """W_in and W_out have zeros where modules are padded to the width H of their group, so that z comes as (B, n H)."""
-    past, groups, sizes, order = iter(state), [], [], []
-    starts = [0, *itertools.accumulate(mixer.dims)]  # of the modules among the S channels, of which there are S
-    for group, weights in zip(mixer.groups, mixer.packed()):
-        groups.append(decode_fractal_group(weights, mixer.budget(mixer.depths[group[0]]), past))
-        H = max(mixer.dims[k] for k in group)
-        order += [starts[k] + i if i < mixer.dims[k] else starts[-1] for k in group for i in range(H)]
-        sizes.append(len(group) * H)
-    W_in = F.pad(mixer.W_in.weight.unflatten(0, (2, -1)), (0, 0, 0, 1))[:, order].flatten(0, 1)
-    W_in, W_out = product(W_in), product(F.pad(mixer.W_out.weight, (0, 1))[:, order])
+    W_in, W_out = map(product, mixer.projections())
+    packed, past = mixer.packed(), iter(state)
+    groups = [decode_fractal_group(weights, mixer.budget(len(weights[0])), past) for weights in packed]
+    sizes = [conv.shape[1] for conv, *_ in packed]
 
     def step(x):
-        z, gate = W_in(x).chunk(2, 1)
+        z, gate = W_in(x).chunk(2, 1)  # (B, sum n H) each
         y = [group(z_g) for group, z_g in zip(groups, z.split(sizes, 1))]
         return W_out(torch.cat(y, 1) * F.silu(gate))
     return step
