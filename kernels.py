@@ -268,11 +268,21 @@ def _where(mask, x):
 def _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation):
     f, l = _state_dtype(x), x.shape[1]
     rows, same, tail = _taps(x, weight.shape[1], dilation, initial_state, reset)
-    y = torch.zeros(x.shape, dtype=f, device=x.device)
-    y = y if bias is None else y.add_(bias)
-    for w, weight_w in enumerate(weight.t().to(f).contiguous()):  # of d numbers side by side: a vector takes them
-        y.addcmul_(_where(same[w], rows[:, w * dilation : w * dilation + l]).to(f), weight_w)
-    return (F.silu(y) if silu else y).to(x.dtype), _where(tail, rows[:, l:]).clone()
+    y = _convolved(rows, same, weight.t().to(f).contiguous(), bias, dilation)
+    return (F.silu(y, inplace=True) if silu else y).to(x.dtype), _where(tail, rows[:, l:]).clone()
+
+
+def _convolved(rows, same, weight, bias, dilation):
+    """The sum of the taps, (b, l, d); weight (W, d): the numbers of a tap lie side by side, so that vectors take them"""
+    span = (len(weight) - 1) * dilation
+    y = None
+    for w, weight_w in enumerate(weight):
+        x = _where(same[w], rows[:, w * dilation : rows.shape[1] - span + w * dilation]).to(weight.dtype)
+        if y is not None:
+            y.addcmul_(x, weight_w)
+        else:
+            y = x * weight_w if bias is None else torch.addcmul(bias.to(x.dtype), x, weight_w)
+    return y
 
 
 def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
@@ -281,10 +291,7 @@ def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
     span, rows, weight = rows.shape[1] - l, rows.to(f), weight.t().to(f).contiguous()  # (W, d)
     dy = rows.new_zeros(b, l, d) if dy is None else dy.to(f)
     if silu:
-        y = rows.new_zeros(b, l, d) if bias is None else bias.to(f).expand(b, l, d).clone()
-        for w in range(W):
-            y.addcmul_(_where(same[w], rows[:, w * dilation : w * dilation + l]), weight[w])
-        dy = torch.ops.aten.silu_backward(dy, y)
+        dy = torch.ops.aten.silu_backward(dy, _convolved(rows, same, weight, bias, dilation))
     drows, dweight, product = torch.zeros_like(rows), torch.empty_like(weight), torch.empty_like(dy)
     if dfinal is not None:
         drows[:, l:] += _where(tail, dfinal.to(f))

@@ -455,11 +455,11 @@ class FractalBlock(nn.Module):
         past = iter([None] * expected if state is None else state)
         packed, outputs, states = self.packed(), [], []
         for group, weights, z in zip(self.groups, packed, z.split([conv.shape[1] for conv, *_ in packed], dim=-1)):
-            fractal = _FractalGroup(self, group, weights, past, reset, x)
+            fractal = _FractalGroup(self, group, weights, past, reset, z)
             y = fractal.norm(fractal.run(z.unflatten(-1, (len(group), -1))))  # (B, T, n, H)
             outputs.append(y.flatten(2))
             states += fractal.states
-        y = torch.cat(outputs, dim=-1)
+        y = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
         return F.linear(y * F.silu(gate.to(y.dtype)), W_out), tuple(states)
 
 
@@ -477,7 +477,7 @@ class ModuleNormCPU(torch.autograd.Function):
         ctx.dtype, z = z.dtype, z.to(inverse_H.dtype)
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
         r = torch.addcmul(eps, norm.square_(), inverse_H).rsqrt_()
-        y = z * r
+        y = torch.mul(z, r, out=z.new_empty(z.shape))  # contiguous, whatever came
         ctx.save_for_backward(y, r, inverse_H)
         return y
 
@@ -492,16 +492,16 @@ class ModuleNormCPU(torch.autograd.Function):
 class _FractalGroup:
     """One forward call of the n modules of a layer that share a depth, padded to their greatest width H."""
 
-    def __init__(self, block: FractalBlock, group: list[int], weights, past, reset, x):
+    def __init__(self, block: FractalBlock, group: list[int], weights, past, reset, z):
         self.depth = block.depths[group[0]]
         self.conv, self.M, self.p, self.inverse_H, self.eps = weights
         self.budget, self.past, self.reset, self.states = block.budget(self.depth), past, reset, []
-        self.drop, self.cut = 0.0, None
+        self.dtype, self.drop, self.cut = z.dtype, 0.0, None
         if block.training and self.depth > 1:
-            shape = (x.shape[0], len(group))
+            shape = (z.shape[0], len(group))
             self.drop = block.drop
-            cut = torch.randint(1, self.depth + 1, shape, device=x.device)
-            cut_now = torch.rand(shape, device=x.device) < block.level_drop
+            cut = torch.randint(1, self.depth + 1, shape, device=z.device)
+            cut_now = torch.rand(shape, device=z.device) < block.level_drop
             self.cut = torch.where(cut_now, cut, self.depth)  # (B, n)
 
     def norm(self, z):
@@ -518,7 +518,7 @@ class _FractalGroup:
         conv, M = self.conv[levels].flatten(0, 1), self.M[levels].flatten(0, 1)  # (L n H, w), (L n, H, H)
         v = self.norm(z)[:, :, None].expand(B, T, L, n, H).reshape(B, T, L * n * H)
         v, state = causal_conv1d(v, conv, None, "silu", past, self.reset, return_final_state=True)
-        self.states.append(state)
+        self.states.append(state.to(self.dtype))
         v = torch.bmm(v.view(B * T, L * n, H).transpose(0, 1), M)  # (L n, B T, H)
         return self.norm(v.transpose(0, 1).view(B, T, L, n, H)).unbind(2)
 

@@ -459,9 +459,9 @@ class AdamW(Uncompiled, torch.optim.AdamW):
 
 
 class Muon(Uncompiled, torch.optim.Muon):
-    """torch's Muon with the matrices of one shape orthogonalised together, in float32 on a CPU that multiplies no
-    bfloat16, where torch's own takes longer than the rest of a small model's step; its update always scaled to the root
-    mean square of AdamW's (arXiv 2502.16982, torch's adjust_lr_fn="match_rms_adamw")."""
+    """torch's Muon with the matrices of one shape, lying or standing, orthogonalised together, in float32 on a CPU that
+    multiplies no bfloat16, where torch's own takes longer than the rest of a small model's step; its update always
+    scaled to the root mean square of AdamW's (arXiv 2502.16982, torch's adjust_lr_fn="match_rms_adamw")."""
 
     @torch.no_grad()
     def step(self):
@@ -469,30 +469,30 @@ class Muon(Uncompiled, torch.optim.Muon):
             shapes = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault((p.shape, p.device), []).append(p)
-            for (shape, device), params in shapes.items():
+                    shapes.setdefault((*sorted(p.shape), p.device), []).append(p)
+            for (_, longer, device), params in shapes.items():
                 for p in params:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 momenta, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 torch._foreach_lerp_(grads, momenta, group["momentum"])  # Nesterov's, in the gradients' place
-                update = torch.stack([whole(g) for g in grads])  # (n, A, B)
+                standing = [p.shape[0] > p.shape[1] for p in params]
+                update = torch.stack([whole(g).mT if up else whole(g) for g, up in zip(grads, standing)])  # (n, A, B)
                 update = orthogonalise(update, choose_dtype("auto", device), group).to(params[0].dtype)
-                update = [share_like(p, u) for p, u in zip(params, update.unbind())]
+                update = [share_like(p, u.mT if up else u) for p, u, up in zip(params, update, standing)]
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                torch._foreach_add_(params, update, alpha=-group["lr"] * 0.2 * longer ** 0.5)
 
 
 def orthogonalise(G, dtype, group):
-    """Newton-Schulz steps towards U V^T of each G = U S V^T, G (n, A, B), as torch.optim.Muon does them."""
+    """Newton-Schulz steps towards U V^T of each G = U S V^T, G (n, A, B), A <= B, as torch.optim.Muon does them."""
     a, b, c = group["ns_coefficients"]
-    X = G.mT if G.shape[1] > G.shape[2] else G
-    X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])).to(dtype)
+    X = (G / G.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])).to(dtype)
     for _ in range(group["ns_steps"]):
         gram = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
-    return X.mT if G.shape[1] > G.shape[2] else X
+    return X
 
 
 def make_optimizers(model: GPT, config: Config, device: torch.device) -> list[torch.optim.Optimizer]:
