@@ -506,7 +506,7 @@ class _FractalGroup:
 
     def norm(self, z):
         """z (..., n, H), zero in its padding -> RMS-normalised over each module's true width"""
-        if z.device.type == "cpu" and not torch.compiler.is_compiling():
+        if eager_cpu(self.M):
             return ModuleNormCPU.apply(z, self.inverse_H, self.eps)
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=self.inverse_H.dtype)
         return (z * torch.addcmul(self.eps, norm.square(), self.inverse_H).rsqrt_()).to(z.dtype)

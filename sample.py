@@ -24,7 +24,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +101,10 @@ def product(weight, bias=None):
     """x (B, in) -> x weight^T + bias, in the type that products have here"""
     dtype = product_type(weight)
     weight = weight.to(dtype).t()
-    return partial(torch.mm, mat2=weight) if bias is None else partial(torch.addmm, bias.to(dtype), mat2=weight)
+    if bias is None:
+        return lambda x: torch.mm(x.to(dtype), weight)
+    bias = bias.to(dtype)
+    return lambda x: torch.addmm(bias, x.to(dtype), weight)
 
 
 def normalisation(norm):
@@ -223,7 +225,7 @@ def decode_fractal_group(weights, budget, past):
         convolution = decode_convolution(taps, taps.new_zeros(()), inputs.view(B, -1, L, n, H).permute(1, 2, 3, 0, 4))
 
         def step(z):
-            v = torch.bmm(convolution(norm(z)).view(L * n, B, H), matrices)
+            v = torch.bmm(convolution(norm(z)).view(L * n, B, H).to(matrices.dtype), matrices)
             return norm(v.view(L, n, B, H)).unbind(0)
         return step
 
@@ -274,7 +276,7 @@ def decode_block(block, state):
 @torch.no_grad()
 def decoder(model: GPT, state: dict):
     """A function of the next token (B, 1) that gives the logits after it (B, V), for the stream that has come to this
-    state: the model's forward, token by token, in half of the time or less. Weights that change later are not heeded."""
+    state: the model's forward, token by token, in half of the time or less. When weights have changed, make another."""
     blocks = [decode_block(block, s) for block, s in zip(model.h, state["layers"])]
     head, norm, n_layer = product(model.lm_head.weight), normalisation(model.ln_f), len(blocks)
     skips = {int(i): product(linear.weight) for i, linear in model.skip.items()}

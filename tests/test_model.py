@@ -160,11 +160,14 @@ def test_decoders_continue_the_stream(kind, keys):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", MIXERS)
-def test_decoders_round_as_forward_does(kind):
+@pytest.mark.parametrize("whole", [False, True], ids=["products", "everything"])
+def test_decoders_round_as_forward_does(kind, whole):
     model = make(kind).float().eval()
     idx = torch.randint(V, (2, 20), generator=torch.Generator().manual_seed(1))
     exact = model(idx)[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    if whole:
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
         rounded, state = run_chunks(model, idx, [5])
         step = decoder(model, state)
         logits = torch.stack([step(idx[:, t:t + 1]) for t in range(5, 20)], 1)
