@@ -3,7 +3,8 @@
 
 All in one run, the candidates taking turns, medians of repeats, so that ratios hold on any machine. A step is forward,
 backward, clipping and AdamW on random bytes, vocabulary 256, float32; every candidate has its model's own defaults.
-Where the CPU multiplies bfloat16, two candidates run once more, under autocast; layers: as train.py --compile layers.
+Where the CPU multiplies bfloat16, ours and nanoGPT run once more, under autocast; layers: as train.py --compile layers;
+learned positions: nanoGPT's in place of rotary ones.
 The process keeps freed memory for all of them, as train.py does.
   tokens/s   of a training step
   ms/token   of decoding at batch 1 from a prompt of 16 tokens, the most likely token each time; the first and the last
@@ -146,6 +147,7 @@ TRAINING = {
         "mamba.py": partial(MambaPy, **MAMBA), "nanoGPT": partial(NanoGPT, **MAMBA, heads=4, block_size=1024)}),
     "attention, 8 x 256, 64 x 128": (64, 128, {
         "ours": partial(ours, 256, 8, "standard", 128, n_head=8),
+        "ours, learned positions": partial(ours, 256, 8, "standard", 128, n_head=8, position="learned"),
         "nanoGPT": partial(NanoGPT, 256, 8, 8, 128)}),
 }
 
@@ -153,11 +155,11 @@ TRAINING = {
 def training(repeats):
     rows = []
     for label, (B, T, makers) in TRAINING.items():
-        makers = makers | {"ours, layers": partial(makers["ours"], compiled=True)}
+        makers |= {f"{name}, layers": partial(make, compiled=True) for name, make in makers.items() if "ours" in name}
         calls = {name: steps(make, B, T) for name, make in makers.items()}
         if multiplies_bfloat16():
             calls |= {f"{name}, bfloat16": steps(makers[name], B, T, bfloat16=True)
-                      for name in ("ours", "ours, layers", "nanoGPT")}
+                      for name in makers if "ours" in name or name == "nanoGPT"}
         times = {name: [] for name in calls}
         for call in calls.values():
             with quiet_compiler():

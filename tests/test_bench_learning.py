@@ -1,5 +1,6 @@
 """The control that every table of losses is printed with, against its definition written as a recursion."""
 
+import json
 import math
 import textwrap
 from collections import Counter
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_learning import kneser_ney
+from bench_learning import kneser_ney, steps_in_the_time_of
 
 ORDER, BLOCK = 4, 16
 
@@ -41,3 +42,20 @@ def test_kneser_ney_is_its_definition():
             for t in range(1, len(val))]
     arrays = (np.frombuffer(part, dtype=np.uint8) for part in (train, val))
     assert kneser_ney(*arrays, BLOCK, ORDER) == pytest.approx(sum(nats) / len(nats), rel=1e-9)
+
+
+def test_steps_in_the_time_of_another(tmp_path):
+    """A recipe that is 1.5 times as slow a token, in steps of another size, takes two thirds of the tokens; what comes
+    before the first training line, between the evaluations and after the last, does not count."""
+    def run(name, seconds_a_step, tokens_a_step, steps, start, seed):
+        train = [(i * tokens_a_step, start + i * seconds_a_step + (i > 100) * 50, 2.0) for i in range(10, steps + 1, 10)]
+        return {"recipe": name, "seed": seed, "train": train,
+                "curve": [{"tokens": 100 * tokens_a_step}, {"tokens": steps * tokens_a_step}]}
+
+    recipe = tmp_path / "slow.json"
+    recipe.write_text(json.dumps({"config": {"max_iters": 400}}))
+    results = [run("fast", 0.2, 1000, 200, 3, 1), run("slow", 0.15, 500, 400, 9, 1), run("slow", 0.15, 500, 400, 5, 2)]
+    results.append(run("slow", 9.0, 500, 400, 5, 1) | {"time_of": "fast"})
+    assert steps_in_the_time_of("fast", recipe, results) == round(200 * 0.2 / 0.15)
+    with pytest.raises(SystemExit, match="no run of none is on record"):
+        steps_in_the_time_of("none", recipe, results)
