@@ -273,7 +273,7 @@ def _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation):
 
 
 def _convolved(rows, same, weight, bias, dilation):
-    """The sum of the taps, (b, l, d); weight (W, d): the numbers of a tap lie side by side, so that vectors take them"""
+    """The sum of the taps, (b, l, d); weight (W, d): the numbers of a tap side by side, so that vectors take them"""
     span = (len(weight) - 1) * dilation
     y = None
     for w, weight_w in enumerate(weight):

@@ -435,7 +435,7 @@ class FractalBlock(nn.Module):
         return packed
 
     def in_groups(self, weight):
-        """weight (_, S, ..) with the S channels in the order of the groups, modules padded with zeros: (_, sum n H, ..)"""
+        """weight (_, S, ..) -> (_, sum n H, ..): the channels in the order of the groups, modules padded with zeros"""
         parts, zeros = weight.split(self.dims, dim=1), (0, 0) * (weight.dim() - 2)
         widths = [max(self.dims[k] for k in group) for group in self.groups for _ in group]
         return torch.cat([F.pad(parts[k], (*zeros, 0, H - self.dims[k])) if H > self.dims[k] else parts[k]
@@ -454,9 +454,10 @@ class FractalBlock(nn.Module):
                              f"{expected}; start a new state when the levels change")
         past = iter([None] * expected if state is None else state)
         packed, outputs, states = self.packed(), [], []
-        for group, weights, z in zip(self.groups, packed, z.split([conv.shape[1] for conv, *_ in packed], dim=-1)):
-            fractal = _FractalGroup(self, group, weights, past, reset, z)
-            y = fractal.norm(fractal.run(z.unflatten(-1, (len(group), -1))))  # (B, T, n, H)
+        z = z.split([conv.shape[1] for conv, *_ in packed], dim=-1)
+        for group, weights, z_g in zip(self.groups, packed, z):
+            fractal = _FractalGroup(self, group, weights, past, reset, z_g)
+            y = fractal.norm(fractal.run(z_g.unflatten(-1, (len(group), -1))))  # (B, T, n, H)
             outputs.append(y.flatten(2))
             states += fractal.states
         y = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
@@ -469,8 +470,8 @@ def units_together(levels: int) -> list[int]:
 
 
 class ModuleNormCPU(torch.autograd.Function):
-    """y = z r, r = (inverse_H sum z^2 + eps)^-1/2 over the last dimension, in float32 at least: on a CPU to change types
-    costs as much as the arithmetic. dz = r (dy - y inverse_H sum dy y)."""
+    """y = z r, r = (inverse_H sum z^2 + eps)^-1/2 over the last dimension; dz = r (dy - y inverse_H sum dy y). y is in
+    float32 at least, whatever z: on a CPU to change types costs as much as the arithmetic."""
 
     @staticmethod
     def forward(ctx, z, inverse_H, eps):

@@ -157,8 +157,8 @@ def decode_attention(mixer, state):
 
 
 def decode_convolution(weight, bias, past):
-    """x -> silu(bias + the causal convolution) for weight (W, ..) and past, the last W-1 inputs, (W-1, ..). Kept are not
-    inputs but the next W outputs, each with as much of its sum as is known, which takes fewer operations."""
+    """x -> silu(bias + the causal convolution) for weight (W, ..) and past, the last W-1 inputs, (W-1, ..). Kept are
+    not inputs but the next W outputs, each with as much of its sum as is known, which takes fewer operations."""
     W, wide = len(weight), torch.promote_types(weight.dtype, torch.float32)
     weight, bias = weight.to(wide).flip(0), bias.to(wide)  # the last tap belongs to the output of now
     sums = weight.new_zeros(W, *torch.broadcast_shapes(weight.shape[1:], past.shape[1:])) + bias

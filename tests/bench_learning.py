@@ -124,8 +124,8 @@ def record(recipe: Path, seed: int, folder_of_text: Path, jobs: int, time_of=Non
     curve = [{k: m[k] for k in ("tokens", "seconds", "val_loss", "val_loss_reset")} for m in lines if "val_loss" in m]
     train = [(m["tokens"], round(m["seconds"], 1), round(m["train_loss"], 3)) for m in lines if "train_loss" in m]
     last = next(m for m in reversed(lines) if "val_loss" in m)
-    return {"recipe": name, "time_of": time_of, "seed": seed, "digest": digest(recipe), "seconds": round(seconds, 1), "curve": curve,
-            "train": train[::max(1, len(train) // 40)],
+    return {"recipe": name, "time_of": time_of, "seed": seed, "digest": digest(recipe), "seconds": round(seconds, 1),
+            "curve": curve, "train": train[::max(1, len(train) // 40)],
             "params": last["params"], "block_size": json.loads(recipe.read_text())["config"]["block_size"],
             "date": time.strftime("%Y-%m-%d"), "machine": f"{cpu()}, {os.cpu_count()} cores", "jobs": jobs}
 
@@ -207,7 +207,7 @@ def plot(runs: dict[str, list[dict]], control: float, path: Path, key: str):
 def write(results: list[dict], data: Path):
     by_name = collections.defaultdict(list)
     for r in sorted(results, key=lambda r: (r["recipe"], r.get("time_of") or "", r["seed"])):
-        by_name[r["recipe"] + (f" in the time of {other}" if (other := r.get("time_of")) else "")].append(r)
+        by_name[r["recipe"] + (f" in the time of {r['time_of']}" if r.get("time_of") else "")].append(r)
     control = {}
     for label, files in (("tinyshakespeare", SHAKESPEARE), ("books", BOOKS)):
         if any(name.startswith("books") == (files is BOOKS) for name in by_name):

@@ -48,7 +48,8 @@ def test_steps_in_the_time_of_another(tmp_path):
     """A recipe that is 1.5 times as slow a token, in steps of another size, takes two thirds of the tokens; what comes
     before the first training line, between the evaluations and after the last, does not count."""
     def run(name, seconds_a_step, tokens_a_step, steps, start, seed):
-        train = [(i * tokens_a_step, start + i * seconds_a_step + (i > 100) * 50, 2.0) for i in range(10, steps + 1, 10)]
+        train = [(i * tokens_a_step, start + i * seconds_a_step + (i > 100) * 50, 2.0)
+                 for i in range(10, steps + 1, 10)]
         return {"recipe": name, "seed": seed, "train": train,
                 "curve": [{"tokens": 100 * tokens_a_step}, {"tokens": steps * tokens_a_step}]}
 
