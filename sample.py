@@ -108,7 +108,7 @@ def product(weight, bias=None):
 
 
 def normalisation(norm):
-    """norm, on a CPU with its numbers bound: half of its time goes by around its operations"""
+    """norm, which may be None, on a CPU with its numbers bound: half of its time goes by around its operations"""
     if not isinstance(norm, RMSNorm) or not eager_cpu(norm.weight):
         return norm
     weight, eps, C = norm.weight, torch.tensor(norm.eps, dtype=norm.weight.dtype), len(norm.weight)
@@ -128,7 +128,7 @@ def decode_attention(mixer, state):
     weight = mixer.c_attn.weight
     k, v = past_k.new_zeros(2, B, nh, room, hs, dtype=product_type(weight))
     cos, sin = rotary_table(room + 1, hs, weight.dtype, weight.device)
-    q_norm, k_norm = (norm and normalisation(norm) for norm in (mixer.q_norm, mixer.k_norm))
+    q_norm, k_norm = map(normalisation, (mixer.q_norm, mixer.k_norm))
     k[:, :, :kept] = rotate(past_k, cos[:kept], sin[:kept]) if mixer.rope else past_k
     v[:, :, :kept] = past_v
     first, end = int((~valid.any(0)).cumprod(0).sum()), kept  # slots in use
@@ -261,7 +261,7 @@ DECODERS = {"standard": decode_attention, "mamba": decode_mamba, "fractal": deco
 def decode_block(block, state):
     mixer = DECODERS.get(block.kind, decode_by_forward)(block.mixer, state)
     resize = None if block.resize is None else product(block.resize.weight)
-    norm_1, norm_2 = (norm and normalisation(norm) for norm in (block.ln_1, block.ln_2))
+    norm_1, norm_2 = map(normalisation, (block.ln_1, block.ln_2))
     if block.ffn is not None:
         up, down = (product(linear.weight, linear.bias) for linear in (block.ffn.c_fc, block.ffn.c_proj))
 
