@@ -26,6 +26,8 @@ from model import (
     cross_entropy,
     map_state,
     replace_some,
+    rotary_table,
+    rotate,
 )
 from sample import decoder
 
@@ -479,23 +481,59 @@ def test_autocast_leaves_the_residual_stream_in_float32(monkeypatch):
     assert dtypes == [(torch.bfloat16,) * 3]  # where the products are fast
 
 
-@pytest.mark.parametrize("S", (8, 13))
-def test_attention_in_bfloat16_agrees_with_softmax_in_float64(S):
-    """Its own operations on a CPU: the causal triangle, and a mask a row that shows a query one key at least."""
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("T, S", [(8, 8), (8, 13), (130, 130), (130, 150)])
+def test_attention_agrees_with_softmax_in_float64(T, S, dtype, tolerance):
+    """Its own products on a CPU and, in long blocks or without gradients, the fused kernel; the causal triangle, and a
+    mask a row that shows a query one key at least."""
     gen = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 16, generator=gen).bfloat16().requires_grad_() for n in (8, S, S))
-    seen = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
-    if S > 8:
-        seen = torch.rand(2, 1, 8, S, generator=gen) < 0.5
+    q, k, v = (torch.randn(2, 3, n, 16, generator=gen).to(dtype).requires_grad_() for n in (T, S, S))
+    seen = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+    if S > T:
+        seen = torch.rand(2, 1, T, S, generator=gen) < 0.5
         seen[..., -1] = True
-    y = attend(q, k, v, None if S == 8 else seen, 0.0)
+    mask = None if S == T else seen
+    y = attend(q, k, v, mask, 0.0)
+    with torch.no_grad():
+        evaluated = attend(q, k, v, mask, 0.0)
     scores = (q.double() @ k.double().transpose(2, 3) / 4).masked_fill(~seen, -math.inf)
     expected = scores.softmax(-1) @ v.double()
-    dy = torch.randn(y.shape, generator=gen).bfloat16()
-    pairs = zip((y, *torch.autograd.grad(y, (q, k, v), dy)),
-                (expected, *torch.autograd.grad(expected, (q, k, v), dy.double())))
+    dy = torch.randn(y.shape, generator=gen).to(dtype)
+    pairs = zip((evaluated, y, *torch.autograd.grad(y, (q, k, v), dy)),
+                (expected, expected, *torch.autograd.grad(expected, (q, k, v), dy.double())))
     for actual, reference in pairs:
-        assert (actual.double() - reference).norm() <= 0.01 * reference.norm()
+        assert (actual.double() - reference).norm() <= tolerance * reference.norm()
+
+
+def test_dropout_of_attention_has_the_gradients_of_the_weights_it_kept():
+    q, k = (torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    v = torch.eye(8, dtype=torch.float64).expand(2, 3, 8, 8).contiguous().requires_grad_()  # y: the weights kept
+    y = attend(q, k, v, None, 0.25)
+    hidden = torch.ones(8, 8, dtype=torch.bool).triu(1)
+    weights = (q @ k.transpose(2, 3) / math.sqrt(8)).masked_fill(hidden, -math.inf).softmax(-1)
+    kept = y.detach() != 0
+    assert 0.6 < kept[..., ~hidden].float().mean() < 0.9
+    expected = weights * kept / 0.75 @ v
+    close(y, expected)
+    dy = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(expected, (q, k, v), dy)):
+        close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 512, 64), (3, 2, 7, 6), (2, 1, 0, 4)])  # in three pieces, in one, empty
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.003)])
+def test_rotary_positions_are_products_of_complex_numbers(shape, dtype, tolerance):
+    S, hs = shape[2:]
+    x, dy = (torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    y = rotate(x, *rotary_table(S, hs, torch.float64 if dtype == torch.float64 else torch.float32, x.device))
+    angle = torch.arange(S)[:, None] * 10000.0 ** (-torch.arange(0, hs, 2, dtype=torch.float64) / hs)
+    a, b = x.double().chunk(2, -1)
+    z = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
+    expected = torch.cat((z.real, z.imag), -1)
+    pairs = (y, expected), (torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy.double())[0])
+    for actual, reference in pairs:
+        assert actual.dtype == dtype and (actual.double() - reference).norm() <= tolerance * reference.norm()
 
 
 def test_ngram_rows_are_a_function_of_the_documents_last_n_tokens():
