@@ -16,11 +16,11 @@ import sample
 from model import (
     GPT,
     FeedForward,
+    FeedForwardCPU,
     GPTConfig,
     LinearCrossEntropy,
     NGramEmbedding,
     RMSNorm,
-    SquaredReLU,
     attend,
     cached_rotary_table,
     cross_entropy,
@@ -482,10 +482,10 @@ def test_autocast_leaves_the_residual_stream_in_float32(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-@pytest.mark.parametrize("T, S", [(8, 8), (8, 13), (130, 130), (130, 150)])
+@pytest.mark.parametrize("T, S", [(8, 8), (8, 13), (130, 150), (520, 520)])
 def test_attention_agrees_with_softmax_in_float64(T, S, dtype, tolerance):
-    """Its own products on a CPU and, in long blocks or without gradients, the fused kernel; the causal triangle, and a
-    mask a row that shows a query one key at least."""
+    """Its own products in bfloat16, in short blocks and with gradients, else the fused kernel; the causal triangle, and
+    a mask a row that shows a query one key at least."""
     gen = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 16, generator=gen).to(dtype).requires_grad_() for n in (T, S, S))
     seen = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
@@ -506,18 +506,19 @@ def test_attention_agrees_with_softmax_in_float64(T, S, dtype, tolerance):
 
 
 def test_dropout_of_attention_has_the_gradients_of_the_weights_it_kept():
-    q, k = (torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    v = torch.eye(8, dtype=torch.float64).expand(2, 3, 8, 8).contiguous().requires_grad_()  # y: the weights kept
+    q, k = (torch.randn(2, 3, 8, 8).bfloat16().requires_grad_() for _ in range(2))
+    v = torch.eye(8).bfloat16().expand(2, 3, 8, 8).contiguous().requires_grad_()  # y: the weights kept
     y = attend(q, k, v, None, 0.25)
     hidden = torch.ones(8, 8, dtype=torch.bool).triu(1)
-    weights = (q @ k.transpose(2, 3) / math.sqrt(8)).masked_fill(hidden, -math.inf).softmax(-1)
+    weights = (q.double() @ k.double().transpose(2, 3) / math.sqrt(8)).masked_fill(hidden, -math.inf).softmax(-1)
     kept = y.detach() != 0
     assert 0.6 < kept[..., ~hidden].float().mean() < 0.9
-    expected = weights * kept / 0.75 @ v
-    close(y, expected)
-    dy = torch.randn_like(y)
-    for a, b in zip(torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(expected, (q, k, v), dy)):
-        close(a, b)
+    expected = weights * kept / 0.75 @ v.double()
+    dy = torch.randn(y.shape).bfloat16()
+    pairs = zip((y, *torch.autograd.grad(y, (q, k, v), dy)),
+                (expected, *torch.autograd.grad(expected, (q, k, v), dy.double())))
+    for actual, reference in pairs:
+        assert (actual.double() - reference).norm() <= 0.01 * reference.norm()
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 512, 64), (3, 2, 7, 6), (2, 1, 0, 4)])  # in three pieces, in one, empty
@@ -610,7 +611,7 @@ def test_rms_norm_is_its_formula():
 
 
 def test_squared_relu_in_parts_keeps_one_tensor():
-    ffn, rows = FeedForward(GPTConfig(vocab_size=V, n_embd=8), 0).double(), SquaredReLU.ROWS + 3
+    ffn, rows = FeedForward(GPTConfig(vocab_size=V, n_embd=8), 0).double(), FeedForwardCPU.ROWS + 3
     x, kept = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True), {}
     dy = torch.randn(rows, 8, dtype=torch.float64)
 
