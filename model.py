@@ -379,8 +379,8 @@ class AttentionCPU(torch.autograd.Function):
         if mask is not None:
             dp = (dp * mask).div_(1 - ctx.dropout)
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-        dq, dk = ((ds @ k).mul_(ctx.scale), (ds.transpose(1, 2) @ q).mul_(ctx.scale))
-        return dq, dk, kept.transpose(1, 2) @ dy, None, None
+        dq, dk, dv = ds @ k, ds.transpose(1, 2) @ q, kept.transpose(1, 2) @ dy
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,47 +602,23 @@ class _FractalGroup:
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole
 
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 (arXiv 2109.08668), in half of the passes over memory that autograd's own formulas take."""
-
-    @staticmethod
-    def forward(ctx, x):
-        root = x.relu()
-        ctx.save_for_backward(root)
-        return root * root
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        return (dy * ctx.saved_tensors[0]).mul_(2)
-
-
 class FeedForwardCPU(torch.autograd.Function):
-    """relu(x w^T)^2 v^T for x (N, C), w (H, C), v (C, H), ROWS rows at a time, so that what lies between the products
-    stays in cache. Only the root of what the second product reads is kept."""
-
-    ROWS = 1024
+    """relu(x w^T)^2 v^T (arXiv 2109.08668) for x (N, C), w (H, C), v (C, H). Only the root of what the second product
+    reads is kept, and autograd's own formulas for the square would take twice as many passes over memory."""
 
     @staticmethod
     def forward(ctx, x, w, v):
-        root, y = x.new_empty(len(x), len(w)), x.new_empty(len(x), len(v))
-        for x_i, root_i, y_i in zip(*(part.split(FeedForwardCPU.ROWS) for part in (x, root, y))):
-            torch.mm(x_i, w.t(), out=root_i).relu_()
-            torch.mm(root_i * root_i, v.t(), out=y_i)
+        root = (x @ w.t()).relu_()
         ctx.save_for_backward(x, w, v, root)
-        return y
+        return (root * root) @ v.t()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, w, v, root = ctx.saved_tensors
-        dx, dw, dv = torch.empty_like(x), torch.zeros_like(w), torch.zeros_like(v)
-        for x_i, root_i, dx_i, dy_i in zip(*(part.split(FeedForwardCPU.ROWS) for part in (x, root, dx, dy))):
-            dv.addmm_(dy_i.t(), root_i * root_i)
-            droot = (dy_i @ v).mul_(root_i).mul_(2)
-            dw.addmm_(droot.t(), x_i)
-            torch.mm(droot, w, out=dx_i)
-        return dx, dw, dv
+        dv = dy.t() @ (root * root)
+        droot = (dy @ v).mul_(root).mul_(2)
+        return droot @ w, droot.t() @ x, dv
 
 
 class FeedForward(nn.Module):
@@ -655,16 +631,16 @@ class FeedForward(nn.Module):
         self.c_proj = nn.Linear(hidden, C, bias=config.bias)
 
     def forward(self, x):
-        in_parts = self.activation == "relu2" and self.c_fc.bias is None and torch.is_grad_enabled()
-        if in_parts and eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
-            rows = x.reshape(-1, x.shape[-1])
-            return FeedForwardCPU.apply(rows, self.c_fc.weight, self.c_proj.weight).view_as(x)
+        if self.activation == "relu2" and self.c_fc.bias is None and torch.is_grad_enabled() and eager_cpu(x):
+            tensors = x.flatten(0, -2), self.c_fc.weight, self.c_proj.weight
+            if torch.is_autocast_enabled("cpu"):
+                tensors = (t.to(torch.get_autocast_dtype("cpu")) for t in tensors)
+            return FeedForwardCPU.apply(*tensors).view_as(x)
         return self.c_proj(self.activate(self.c_fc(x)))
 
     def activate(self, x):
         if self.activation == "relu2":
-            plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-            return F.relu(x).square() if plain else SquaredReLU.apply(x)
+            return F.relu(x).square()
         return F.gelu(x, approximate="tanh") if self.activation == "gelu_tanh" else F.silu(x)
 
 

@@ -16,7 +16,6 @@ import sample
 from model import (
     GPT,
     FeedForward,
-    FeedForwardCPU,
     GPTConfig,
     LinearCrossEntropy,
     NGramEmbedding,
@@ -610,24 +609,28 @@ def test_rms_norm_is_its_formula():
     torch.testing.assert_close(half.double(), norm.double()(x), atol=1e-2, rtol=1e-2)
 
 
-def test_squared_relu_in_parts_keeps_one_tensor():
-    ffn, rows = FeedForward(GPTConfig(vocab_size=V, n_embd=8), 0).double(), FeedForwardCPU.ROWS + 3
-    x, kept = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True), {}
-    dy = torch.randn(rows, 8, dtype=torch.float64)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
+def test_squared_relu_keeps_one_tensor_of_its_width(dtype, tolerance):
+    ffn = FeedForward(GPTConfig(vocab_size=V, n_embd=8), 0).to(torch.promote_types(dtype, torch.float32))
+    w, v = ffn.c_fc.weight, ffn.c_proj.weight
+    x, kept = torch.randn(5, 7, 8, dtype=w.dtype, requires_grad=True), {}
+    dy = torch.randn(5, 7, 8).to(dtype)
 
     def keep(t):
         kept[t.untyped_storage().data_ptr()] = t
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y = ffn(x)
-    assert sum(t.numel() == rows * 32 for t in kept.values()) == 1
-    reference = torch.relu(x @ ffn.c_fc.weight.T).square() @ ffn.c_proj.weight.T
-    close(y, reference, 1e-12)
-    with torch.no_grad():
-        close(ffn(x), reference, 1e-12)
-    for a, b in zip(*(torch.autograd.grad(out, (x, ffn.c_fc.weight, ffn.c_proj.weight), dy) for out in (y, reference))):
-        close(a, b, 1e-12)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = ffn(x)
+        with torch.no_grad():
+            evaluated = ffn(x)
+    assert sum(t.numel() == 5 * 7 * 32 for t in kept.values()) == 1
+    expected = torch.relu(x.double() @ w.double().T).square() @ v.double().T
+    pairs = zip((evaluated, y, *torch.autograd.grad(y, (x, w, v), dy)),
+                (expected, expected, *torch.autograd.grad(expected, (x, w, v), dy.double())))
+    for actual, reference in pairs:
+        assert (actual - reference).norm() <= tolerance * reference.norm()
 
 
 @pytest.mark.parametrize("keys, words", [
