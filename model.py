@@ -246,7 +246,7 @@ def rotate(x, cos, sin):
 
 
 class RotateCPU(torch.autograd.Function):
-    """rotate in pieces of rows that stay in a core's cache, in a third to a half of the time of whole passes."""
+    """rotate in pieces of rows that stay in a core's cache, in half of the time of whole passes."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -262,7 +262,7 @@ class RotateCPU(torch.autograd.Function):
 
 def rotated_in_pieces(x, cos, sin):
     B, nh, S, hs = x.shape
-    rows, half = max(1, 2**18 // max(1, nh * S * hs)), hs // 2
+    rows, half = max(1, 2**18 // max(1, nh * S * hs)), hs // 2  # two buffers of a megabyte each in float32
     y = torch.empty(x.shape, dtype=x.dtype)
     wide, turned = torch.empty(2, min(rows, B), nh, S, hs, dtype=cos.dtype)
     for source, target in zip(x.split(rows), y.split(rows)):
@@ -361,7 +361,7 @@ class AttentionCPU(torch.autograd.Function):
     """softmax(q k^T / sqrt(hs) + hidden) v for q (N, T, hs), k and v (N, S, hs), hidden broadcast to (N, T, S).
 
     The CPU's fused kernel keeps no (T, S) matrix but trains slower in bfloat16, in short blocks up to eight times.
-    Autograd would make the gradient of k^T; to transpose it takes longer than all the products."""
+    Autograd would make the gradient of k^T, and to transpose it takes Inductor longer than three of the products."""
 
     @staticmethod
     def forward(ctx, q, k, v, hidden, dropout):
@@ -604,7 +604,7 @@ class _FractalGroup:
 
 class FeedForwardCPU(torch.autograd.Function):
     """relu(x w^T)^2 v^T (arXiv 2109.08668) for x (N, C), w (H, C), v (C, H). Only the root of what the second product
-    reads is kept, and autograd's own formulas for the square would take twice as many passes over memory."""
+    reads is kept, and passes over memory are fewer than with autograd's formulas for the square."""
 
     @staticmethod
     def forward(ctx, x, w, v):
@@ -617,7 +617,7 @@ class FeedForwardCPU(torch.autograd.Function):
     def backward(ctx, dy):
         x, w, v, root = ctx.saved_tensors
         dv = dy.t() @ (root * root)
-        droot = (dy @ v).mul_(root).mul_(2)
+        droot = (dy @ (2 * v)).mul_(root)
         return droot @ w, droot.t() @ x, dv
 
 
