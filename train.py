@@ -992,9 +992,11 @@ class Run:
             return
         self.open_logs()
         gc.enable()
-        finished = self.loop()
-        if self.writer is not None:
-            self.writer.close()
+        try:
+            finished = self.loop()
+        finally:
+            if self.writer is not None:
+                self.writer.close()
         if not finished:
             self.say(f"stopped at step {self.step} of {self.max_iters}, saved in {self.folder}/; to go on:\n"
                      f"  {resume_command()}")

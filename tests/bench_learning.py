@@ -3,8 +3,9 @@
 Runs `train.py --config recipes/NAME.json` for each recipe and seed, and writes docs/learning.md (the table),
 docs/learning_*.png and docs/learning.json (every run's curve). Runs on record are not repeated, unless the recipe has
 changed since; --again repeats them. Names may be beginnings: `mixer_`. --quick: one seed instead of three. --jobs 2:
-two processes side by side, of one thread each; their seconds compare only with each other. --time_of NAME: the recipes
-once more, each with as many steps as take the time of NAME's, start and evaluations aside, by the speeds on record.
+two processes side by side, of one thread each; their seconds compare only with each other. --steps N: the recipes once
+more, with that many steps and one evaluation. --time_of NAME: the same with as many steps each as take the time of
+NAME's, start and evaluations aside, by the speeds on record.
 
   text      --data DIR (default: dataset) holds tinyshakespeare.txt, and for books_* the six books; the last 10 % of
             each is the validation split
@@ -106,12 +107,12 @@ def stage(data: Path, name: str) -> Path:
     return folder
 
 
-def record(recipe: Path, seed: int, folder_of_text: Path, jobs: int, time_of=None, steps=None) -> dict:
-    """One run, as a dict of its final figures and its curve."""
+def record(recipe: Path, seed: int, folder_of_text: Path, jobs: int, variant: str, steps: int | None) -> dict:
+    """One run, as a dict of its final figures and its curve; `variant` says how its steps are not the recipe's own."""
     name = recipe.stem
-    folder = RUNS / (name if time_of is None else f"{name}_time_of_{time_of}") / str(seed)
+    folder = RUNS / f"{name} {variant}".strip().replace(" ", "_") / str(seed)
     command = ["train.py", "--config", f"recipes/{recipe.name}", "--seed", str(seed)]
-    command += [] if steps is None else ["--max_iters", str(steps)]
+    command += [] if steps is None else ["--max_iters", str(steps), "--eval_interval", str(steps)]
     print(f"{time.strftime('%H:%M:%S')} {' '.join(command)}", flush=True)
     env = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
     start = time.time()
@@ -124,7 +125,7 @@ def record(recipe: Path, seed: int, folder_of_text: Path, jobs: int, time_of=Non
     curve = [{k: m[k] for k in ("tokens", "seconds", "val_loss", "val_loss_reset")} for m in lines if "val_loss" in m]
     train = [(m["tokens"], round(m["seconds"], 1), round(m["train_loss"], 3)) for m in lines if "train_loss" in m]
     last = next(m for m in reversed(lines) if "val_loss" in m)
-    return {"recipe": name, "time_of": time_of, "seed": seed, "digest": digest(recipe), "seconds": round(seconds, 1),
+    return {"recipe": name, "variant": variant, "seed": seed, "digest": digest(recipe), "seconds": round(seconds, 1),
             "curve": curve, "train": train[::max(1, len(train) // 40)],
             "params": last["params"], "block_size": json.loads(recipe.read_text())["config"]["block_size"],
             "date": time.strftime("%Y-%m-%d"), "machine": f"{cpu()}, {os.cpu_count()} cores", "jobs": jobs}
@@ -134,7 +135,7 @@ def steps_in_the_time_of(other: str, recipe: Path, results: list[dict]) -> int:
     """How many steps of a recipe take as long as all of another's, from both recipes' first training line on record to
     the last before an evaluation"""
     def measured(name):
-        runs = [r for r in results if r["recipe"] == name and r.get("time_of") is None]
+        runs = [r for r in results if r["recipe"] == name and not r["variant"]]
         if not runs:
             sys.exit(f"error: --time_of {other}: no run of {name} is on record")
         lines = [[t for t in r["train"] if t[0] <= r["curve"][0]["tokens"]] for r in runs]
@@ -206,8 +207,8 @@ def plot(runs: dict[str, list[dict]], control: float, path: Path, key: str):
 
 def write(results: list[dict], data: Path):
     by_name = collections.defaultdict(list)
-    for r in sorted(results, key=lambda r: (r["recipe"], r.get("time_of") or "", r["seed"])):
-        by_name[r["recipe"] + (f" in the time of {r['time_of']}" if r.get("time_of") else "")].append(r)
+    for r in sorted(results, key=lambda r: (r["recipe"], r["variant"], r["seed"])):
+        by_name[f"{r['recipe']} {r['variant']}".strip()].append(r)
     control = {}
     for label, files in (("tinyshakespeare", SHAKESPEARE), ("books", BOOKS)):
         if any(name.startswith("books") == (files is BOOKS) for name in by_name):
@@ -216,7 +217,7 @@ def write(results: list[dict], data: Path):
             for block in (64, 512):
                 control[f"{label}, blocks of {block}"] = kneser_ney(text[:cut], text[cut:], block)
     for group in sorted({name.partition("_")[0] for name in by_name}):
-        members = {n: r for n, r in by_name.items() if n.startswith(f"{group}_") and not r[0].get("time_of")}
+        members = {n: r for n, r in by_name.items() if n.startswith(f"{group}_") and not r[0]["variant"]}
         label = "books, blocks of 512" if group == "books" else "tinyshakespeare, blocks of 64"
         key = "val_loss" if group == "books" else "val_loss_reset"
         plot(members, control[label], DOCS / f"learning_{group}.png", key)
@@ -237,7 +238,9 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one seed instead of three")
     parser.add_argument("--again", action="store_true", help="repeat runs that are on record")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each if several")
-    parser.add_argument("--time_of", metavar="NAME", help="run each recipe for as long as NAME's steps took")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help="run each recipe for N steps")
+    length.add_argument("--time_of", metavar="NAME", help="run each recipe for as long as NAME's steps took")
     parser.add_argument("--data", type=Path, default=ROOT / "dataset", help="folder of the texts (default: dataset)")
     args = parser.parse_args()
     DOCS.mkdir(exist_ok=True)
@@ -247,17 +250,18 @@ def main():
     current = {p.stem: digest(p) for p in recipes([])}
     results = [r for r in results if current.get(r["recipe"]) == r["digest"]]
     runs = [(recipe, seed) for seed in range(1, 2 if args.quick else 4) for recipe in wanted]
+    steps, variant = {recipe: args.steps for recipe in wanted}, f"in {args.steps} steps" if args.steps else ""
     if args.time_of:
         runs = [(recipe, seed) for recipe, seed in runs if recipe.stem != args.time_of]
         steps = {recipe: steps_in_the_time_of(args.time_of, recipe, results) for recipe, _ in runs}
-    asked = {(recipe.stem, seed, args.time_of) for recipe, seed in runs}
+        variant = f"in the time of {args.time_of}"
+    asked = {(recipe.stem, seed, variant) for recipe, seed in runs}
     if args.again:
-        results = [r for r in results if (r["recipe"], r["seed"], r.get("time_of")) not in asked]
-    on_record = {(r["recipe"], r["seed"], r.get("time_of")) for r in results}
+        results = [r for r in results if (r["recipe"], r["seed"], r["variant"]) not in asked]
+    on_record = {(r["recipe"], r["seed"], r["variant"]) for r in results}
     with ThreadPoolExecutor(args.jobs) as pool:
-        todo = [pool.submit(record, recipe, seed, stage(args.data, recipe.stem), args.jobs, args.time_of,
-                            steps[recipe] if args.time_of else None)
-                for recipe, seed in runs if (recipe.stem, seed, args.time_of) not in on_record]
+        todo = [pool.submit(record, recipe, seed, stage(args.data, recipe.stem), args.jobs, variant, steps[recipe])
+                for recipe, seed in runs if (recipe.stem, seed, variant) not in on_record]
         for run in as_completed(todo):
             results.append(run.result())
             store.write_text("[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n")

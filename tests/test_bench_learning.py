@@ -50,13 +50,13 @@ def test_steps_in_the_time_of_another(tmp_path):
     def run(name, seconds_a_step, tokens_a_step, steps, start, seed):
         train = [(i * tokens_a_step, start + i * seconds_a_step + (i > 100) * 50, 2.0)
                  for i in range(10, steps + 1, 10)]
-        return {"recipe": name, "seed": seed, "train": train,
+        return {"recipe": name, "variant": "", "seed": seed, "train": train,
                 "curve": [{"tokens": 100 * tokens_a_step}, {"tokens": steps * tokens_a_step}]}
 
     recipe = tmp_path / "slow.json"
     recipe.write_text(json.dumps({"config": {"max_iters": 400}}))
     results = [run("fast", 0.2, 1000, 200, 3, 1), run("slow", 0.15, 500, 400, 9, 1), run("slow", 0.15, 500, 400, 5, 2)]
-    results.append(run("slow", 9.0, 500, 400, 5, 1) | {"time_of": "fast"})
+    results.append(run("slow", 9.0, 500, 400, 5, 1) | {"variant": "in the time of fast"})
     assert steps_in_the_time_of("fast", recipe, results) == round(200 * 0.2 / 0.15)
     with pytest.raises(SystemExit, match="no run of none is on record"):
         steps_in_the_time_of("none", recipe, results)

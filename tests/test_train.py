@@ -415,6 +415,7 @@ def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
     with pytest.raises(train.RunError, match="not finite in 3 steps in a row, up to step 7"):
         this.main()
     assert {s: v for s, v in before.items() if v == (True, True)}.keys() == {2, 5, 6, 7}
+    assert this.writer.all_writers is None, "closed: its thread would write on, wherever the process is by then"
 
 
 def test_accumulation_is_one_larger_batch(folder):
