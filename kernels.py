@@ -25,6 +25,7 @@ import os
 import warnings
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -592,6 +593,39 @@ def _inductor_code(function, letters, n, options):
             return compile_fx_inner(graph, fake).source_code
 
 
+WRAPPER = {"clear", "size", "stride", "assert_size_stride", "assert_size_stride_grouped", "empty_strided_cpu",
+           "reinterpret_tensor", "torch", "float32"}  # what Inductor's wrappers name besides kernels
+
+
+def _repeated(call):
+    """`call`, the wrapper that Inductor wrote around its kernels, for chunks that differ in nothing but what they hold.
+    It checks the chunk's tensors, makes others and views of them each time, which takes as long as a small chunk's
+    arithmetic. Here only the first call goes through it; the others go to its kernels, with the tensors it made."""
+    wrapper, calls = call.__func__, []
+    if not all(name in WRAPPER or name.startswith("cpp_fused") for name in wrapper.__code__.co_names):
+        return lambda tensors: call(list(tensors))  # a version that does more
+
+    def first(tensors):
+        place = {id(x): i for i, x in enumerate(tensors)}
+
+        def recorded(kernel):
+            def run(*args):
+                calls.append((kernel, [(place.get(id(x)), x) for x in args]))
+                kernel(*args)
+            return run
+
+        kernels = {name: recorded(x) for name, x in wrapper.__globals__.items() if name.startswith("cpp_fused")}
+        FunctionType(wrapper.__code__, wrapper.__globals__ | kernels)(call.__self__, list(tensors))
+
+    def run(tensors):
+        for kernel, args in calls:
+            kernel(*[x if i is None else tensors[i] for i, x in args])
+        if not calls:
+            first(tensors)
+
+    return run
+
+
 def _native(kernel, like, elements, n, **options):
     """The native code of a kernel, or None where the plain form is to run."""
     wanted = COMPILE and like.device.type == "cpu" and like.dtype != torch.float64 and elements >= COMPILE_FROM
@@ -607,7 +641,7 @@ def _chunks(l, *xs):
 def _run_chunk(native, function, tensors, reset, **options):
     """Native code where the chunk is whole and holds no boundary; the few others run as they stand."""
     if tensors[0].shape[1] == CHUNK and not (reset is not None and reset.any()):
-        native(list(tensors))
+        native(tensors)
     else:
         function(*tensors, reset, **options)
 
@@ -655,7 +689,7 @@ def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus
     states = ([*_rows_d(states, g).unbind(0), in_turn[0]] if save
               else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)])
     states[0].copy_(states[0].zero_() if initial_state is None else _rows_d(initial_state.transpose(1, 2), g))
-    unread = new(b, CHUNK, d)
+    unread, native = new(b, CHUNK, d), _repeated(native)
     outs = _rows_d(ungated, g).split(CHUNK, 1) if save and gated else [_rows_d(unread, g)] * len(chunks)
     for (*x, y_t, reset_t), out, h, h_out in zip(chunks, outs, states, states[1:]):
         _run_chunk(native, _chunk_fwd, (*x, halvings, D, bias, h, y_t, out[:, : y_t.shape[1]], h_out), reset_t,
@@ -681,6 +715,7 @@ def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, del
     if dlast is not None:
         sums[0].copy_(dlast.transpose(1, 2))
     ins, outs = ([*(_rows_d(x, g) for x in xs[:2]), *(_rows_d(x, g)[:, 0] for x in xs[2:])] for xs in (sums, new_sums))
+    native = _repeated(native)
     for (*x, reset_t), h in reversed(list(zip(chunks, _rows_d(states, g)))):
         _run_chunk(native, _chunk_bwd, (*x[:7], A, halvings, D, bias, h, *ins, *x[7:], *outs), reset_t,
                    softplus=delta_softplus, gated=gated)

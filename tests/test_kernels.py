@@ -250,6 +250,28 @@ def test_native_code_equals_oracle(native, b, l, d, at, dtype, seed, absent):
     assert kernels._compiled.cache_info().misses <= 4 + 1
 
 
+def test_chunks_after_the_first_go_straight_to_the_kernel(native, monkeypatch):
+    """As long as Inductor's wrappers do nothing else that a chunk needs: those that do are called for each."""
+    wrapper, made = kernels._compiled(*kernels.CHUNK_BWD, 16, softplus=True, gated=True).__func__.__globals__, []
+    empty = wrapper["empty_strided_cpu"]
+    monkeypatch.setitem(wrapper, "empty_strided_cpu", lambda *args: made.append(args[0]) or empty(*args))
+    counts = []
+    for chunks in (1, 4):
+        y = selective_scan(**scan_inputs(2, chunks * kernels.CHUNK, 16, 16, (), torch.float32), delta_softplus=True)
+        y.sum().backward()
+        counts.append(len(made))
+        made.clear()
+    assert 0 < counts[0] == counts[1]
+
+    class Wrapper:
+        def call(self, args):
+            made.append(sum(args))
+
+    repeated = kernels._repeated(Wrapper().call)
+    repeated((1, 2)), repeated((3, 4))
+    assert made == [3, 7]
+
+
 @pytest.mark.parametrize("name", ["z", "delta"])
 def test_native_code_holds_far_from_zero(native, name):
     """Its powers of 2 work on a float's bits, which end at 2^127: gates and steps of any size, and their gradients."""
