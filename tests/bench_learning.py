@@ -20,6 +20,7 @@ import collections
 import hashlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -180,10 +181,11 @@ def table(runs: dict[str, list[dict]], control: dict[str, float]) -> str:
 
 def plot(runs: dict[str, list[dict]], control: float, path: Path, key: str):
     """Training loss against seconds and tokens, a line a recipe with the range of its seeds as a band; validation
-    losses as points."""
+    losses as points. runs: by the recipe's name in the legend."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
     for name, group in runs.items():
@@ -191,16 +193,19 @@ def plot(runs: dict[str, list[dict]], control: float, path: Path, key: str):
         train = np.array([r["train"][:n] for r in group])  # (seeds, n, 3): tokens, seconds, loss
         for ax, column, along in zip(axes, (1, 0), ("seconds", "tokens")):
             x, losses = train[:, :, column].mean(0), train[:, :, 2]
-            line, = ax.plot(x, losses.mean(0), lw=1, label=name.partition("_")[2])
+            line, = ax.plot(x, losses.mean(0), lw=1, label=name)
             ax.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2, lw=0)
             points = [(p[along], p[key]) for r in group for p in r["curve"]]
             ax.plot(*zip(*points), "o", ms=5, color=line.get_color())
     for ax, label in zip(axes, ("seconds, whole process", "tokens")):
         ax.axhline(control, color="black", ls=":", lw=1, label=f"Kneser-Ney {ORDER}-gram")
-        ax.set(xlabel=label, xscale="log", ylim=(None, 2.8))
+        ax.set(xlabel=label, xscale="log", ylim=(None, 2.4))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
     axes[0].set_ylabel(f"nats a byte; points: {key}")
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -216,11 +221,15 @@ def write(results: list[dict], data: Path):
             cut = len(text) - len(text) // 10
             for block in (64, 512):
                 control[f"{label}, blocks of {block}"] = kneser_ney(text[:cut], text[cut:], block)
-    for group in sorted({name.partition("_")[0] for name in by_name}):
-        members = {n: r for n, r in by_name.items() if n.startswith(f"{group}_") and not r[0]["variant"]}
-        label = "books, blocks of 512" if group == "books" else "tinyshakespeare, blocks of 64"
-        key = "val_loss" if group == "books" else "val_loss_reset"
-        plot(members, control[label], DOCS / f"learning_{group}.png", key)
+    figures = collections.defaultdict(dict)
+    for name, runs in by_name.items():
+        if not runs[0]["variant"]:
+            figure = re.match(r"mixer_\d+|[a-z]+", name)[0]
+            figures[figure][name.removeprefix(f"{figure}_")] = runs
+    for figure, members in figures.items():
+        text, key = ("books", "val_loss") if figure == "books" else ("tinyshakespeare", "val_loss_reset")
+        block = 512 if figure in ("books", "mixer_512") else 64
+        plot(members, control[f"{text}, blocks of {block}"], DOCS / f"learning_{figure}.png", key)
     machines = sorted({r["machine"] for r in results})
     dates = sorted({r["date"] for r in results})
     (DOCS / "learning.md").write_text(
