@@ -252,6 +252,8 @@ def main():
     length.add_argument("--time_of", metavar="NAME", help="run each recipe for as long as NAME's steps took")
     parser.add_argument("--data", type=Path, default=ROOT / "dataset", help="folder of the texts (default: dataset)")
     args = parser.parse_args()
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps: {args.steps}; at least 1")
     DOCS.mkdir(exist_ok=True)
     store = DOCS / "learning.json"
     results = json.loads(store.read_text()) if store.exists() else []
