@@ -635,7 +635,7 @@ def _native(kernel, like, elements, n, **options):
 def _chunks(l, *xs):
     """For each chunk of time the parts of every x, (b, T, ..), None for an absent one."""
     absent = [None] * math.ceil(l / CHUNK)
-    return list(zip(*(absent if x is None else x.split(CHUNK, 1) for x in xs)))
+    return list(zip(*(absent if x is None else x.unsafe_split(CHUNK, 1) for x in xs)))  # views, in the fewest calls
 
 
 def _run_chunk(native, function, tensors, reset, **options):
@@ -659,7 +659,7 @@ def _rows_d(x, g):
     """(.., b, l, d) -> (.., r, l, c, VECTOR), and so for states (.., b, n, d)"""
     x = x.float().contiguous()
     if g == 1:  # fewer calls: a chunk of a small block is quick
-        return x.unflatten(-1, (-1, VECTOR))
+        return x.view(*x.shape[:-1], -1, VECTOR)
     return x.unflatten(-1, (g, -1, VECTOR)).transpose(-4, -3).flatten(-5, -4)
 
 
@@ -672,6 +672,8 @@ def _rows_n(x, g):
 def _rows_of(x, u, g):
     """A parameter (d,) or (n, d) -> (r, c, VECTOR) or (r, n, c, VECTOR), one for all b; zeros for an absent one"""
     x = u.new_zeros(u.shape[2], dtype=torch.float32) if x is None else x.float().contiguous()
+    if g == 1:
+        return x.view(*x.shape[:-1], -1, VECTOR).expand(len(u), *x.shape[:-1], -1, -1)
     x = x.unflatten(-1, (g, -1, VECTOR)).movedim(-3, 0)  # (g, .., c, VECTOR)
     return x.expand(len(u), *x.shape).flatten(0, 1)
 
