@@ -23,9 +23,11 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FunctionType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -314,9 +316,10 @@ def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
 @contextlib.contextmanager
 def _code_rules():
     """Within, Inductor makes polynomials of 0.5 ** m, sigmoid and softplus, where calls would cost the most, reads the
-    bits of a vector as they are, and puts the sums of equal loops into one loop nest before anything else, although no
-    two of them read the same."""
+    bits of a vector as they are, takes as many channels side by side in bfloat16 as in float32, and puts the sums of
+    equal loops into one loop nest before anything else, although no two of them read the same."""
     from torch._inductor.choices import InductorChoices
+    from torch._inductor.codegen import cpp
     from torch._inductor.codegen.cpp import DTYPE_TO_CPP, CppVecOverrides
     from torch._inductor.lowering import lowerings, make_pointwise
     from torch._inductor.virtualized import V, ops
@@ -379,9 +382,11 @@ def _code_rules():
         return make_pointwise(halve)(x)
 
     aten, usual, usual_bits = torch.ops.aten, dict(lowerings), CppVecOverrides.to_dtype_bitcast
+    usual_low = cpp.get_loop_body_lowp_fp
     lowerings.update({aten.pow.Scalar: power, aten.sigmoid.default: make_pointwise(sigmoid),
                       aten.softplus.default: make_pointwise(softplus)})
     CppVecOverrides.to_dtype_bitcast = staticmethod(vector_bits)
+    cpp.get_loop_body_lowp_fp = lambda body: (None, True)
     try:
         with V.set_choices_handler(SumsTogether()):
             yield
@@ -389,6 +394,7 @@ def _code_rules():
         lowerings.clear()
         lowerings.update(usual)
         CppVecOverrides.to_dtype_bitcast = staticmethod(usual_bits)
+        cpp.get_loop_body_lowp_fp = usual_low
 
 
 def _keep(x):
@@ -414,6 +420,11 @@ def _chunk_grads(a, x, g, reset):
         g = a[t] * gs[t]
         g = g if reset is None else g.masked_fill(reset[:, t, None, None], 0)
     return gs, g
+
+
+def blocks(x):
+    """(.., d) -> (.., d / VECTOR, VECTOR), as native code takes channels"""
+    return x.view(*x.shape[:-1], x.shape[-1] // VECTOR, VECTOR)
 
 
 def _flat(*xs):
@@ -485,42 +496,71 @@ CHUNK_BWD = _chunk_bwd, ("bTcv bTcv bTcv bTcv bTcv bTn bTn rncv rncv rcv rcv snc
                          "bTcv bTcv bTcv btn btn sncv sncv scv scv")
 
 
-def _taps_fwd(rows, weight, bias, *, silu):
-    """The convolution of rows (b, W-1 + l, d), which begin with the state, with weight (W, d): y (b, l, d)."""
-    l = rows.shape[1] - len(weight) + 1
-    y = sum((weight_w * rows[:, w : w + l] for w, weight_w in enumerate(weight.unbind(0))), bias)
-    return (y * torch.sigmoid(y) if silu else y,)
+def _taps_fwd(rows, weight, bias, y, *, silu):
+    """q convolutions side by side of rows (b, q, W-1 + l, d), which begin with the state, with weight (q, W, d): y
+    (b, q, l, d)."""
+    rows, weight, bias, y = _flat(rows, weight, bias, y)
+    x = sum((weight[:, w, None] * rows[:, :, w : w + y.shape[2]] for w in range(weight.shape[1])), bias[:, None])
+    y.copy_(x * torch.sigmoid(x) if silu else x)
 
 
 def _taps_bwd(dy, rows, weight, bias, *, silu):
-    """The gradients of rows, weight and bias."""
-    W, l = len(weight), dy.shape[1]
-    taps = [rows[:, w : w + l] for w in range(W)]
+    """The gradients of the rows after the state, of those of the state, of weight and bias."""
+    dy, rows, weight, bias = _flat(dy.float(), rows, weight, bias)
+    W, l = weight.shape[1], dy.shape[2]
+    taps, weights = [rows[:, :, w : w + l] for w in range(W)], [x[:, None] for x in weight.unbind(1)]
     if silu:
-        y = sum((weight[w] * taps[w] for w in range(W)), bias)
+        y = sum((x * tap for x, tap in zip(weights, taps)), bias[:, None])
         s = torch.sigmoid(y)
-        dy = _keep(dy * s * (1 + y * (1 - s)))
-    padded = _keep(F.pad(dy, (0, 0, W - 1, W - 1)))
-    drows = sum(weight[w] * padded[:, W - 1 - w : 2 * (W - 1) - w + l] for w in range(W))
+        dy = dy * s * (1 + y * (1 - s))
+    dy = _keep(dy)
+    padded = F.pad(dy, (0, 0, W - 1, W - 1))  # not kept: a kept one would be one more pass over memory
+
+    def grad(first, length):
+        return sum(x * padded[:, :, W - 1 - w + first :][:, :, :length] for w, x in enumerate(weights))
+
     # row by row first: one sum over all of b l would lose digits
-    return drows, torch.stack([(dy * tap).sum(1).sum(0) for tap in taps]), dy.sum(1).sum(0)
+    dweight = torch.stack([(dy * tap).sum(2).sum(0) for tap in taps], 1)
+    return grad(W - 1, l), grad(0, W - 1), dweight, dy.sum(2).sum(0)
 
 
-TAPS_FWD = _taps_fwd, "bLd nd d"
-TAPS_BWD = _taps_bwd, "bld bLd nd d"
+def _norm_fwd(z, inverse, eps, y, r):
+    """y = z r, r = (inverse sum z^2 + eps)^-1/2 over the last dimension of z (b, q, l, d); inverse, eps (q,)."""
+    z, y = _flat(z.float(), y)
+    r.copy_(torch.rsqrt((z * z).sum(-1) * inverse[:, None] + eps[:, None]))
+    y.copy_(z * r[..., None])
 
 
-def _example(shape, n):
-    """A tensor to trace with. No two lengths or strides of any are equal without need, for Inductor would take the two
-    for one, whatever comes later."""
+def _norm_bwd(dy, z, r, inverse, dz):
+    """dz = r (dy - y inverse sum dy y)"""
+    dy, z, dz = _flat(dy, z.float(), dz)
+    y = z * r[..., None]
+    along = (dy * y).sum(-1) * inverse[:, None]
+    dz.copy_((dy - y * along[..., None]) * r[..., None])
+
+
+TAPS_FWD = _taps_fwd, "bqLcv qncv qcv ~bqlcv'"
+TAPS_BWD = _taps_bwd, "~bqlcv' bqLcv qncv qcv"
+NORM_FWD = _norm_fwd, "~bqlcv' q q bqlcv' bql"
+NORM_BWD = _norm_bwd, "bqlcv' ~bqlcv' bql q ~bqlcv'"
+
+
+def _example(shape, n, i=0):
+    """A tensor to trace with, argument i of a kernel. No two lengths or strides of any are equal without need, for
+    Inductor would take the two for one, whatever comes later."""
+    dtype = torch.bfloat16 if shape.startswith("~") else torch.float32
+    shape, any_rows = shape.strip("~'"), shape.endswith("'")
     b, c = n + VECTOR + 1, n + 40
-    sizes = dict(b=b, r=b, s=b, c=c, d=c, v=VECTOR, l=n + 70, n=n, L=2 * n + 69, T=CHUNK, t=CHUNK)
+    sizes = dict(b=b, r=b, s=b, c=c, v=VECTOR, l=n + 70, n=n, q=6 + (n == 6), L=2 * n + 69, T=CHUNK, t=CHUNK)
     gaps = dict(T=11, t=53, r=23, s=31)
     size = [sizes[letter] for letter in shape]
+    if any_rows:
+        distances = [5000 + 10 * (i + 1) - j for j in range(len(size) - 2)]  # falling: Inductor takes their order over
+        return torch.empty_strided(size, [*distances, VECTOR, 1], dtype=dtype)
     gap = len(shape) * (gaps.get(shape[1:2]) or gaps.get(shape[0], 0))
     around = (0, gap) if shape[1:2] == "c" else (0, 64, gap)  # what the tensor is a part of is longer by that much
     whole = [length + more * (gap > 0) for length, more in zip(size, (*around, 0, 0))]
-    return torch.empty(whole)[tuple(map(slice, size))]
+    return torch.empty(whole, dtype=dtype)[tuple(map(slice, size))]
 
 
 CODE = {  # Inductor's settings
@@ -536,11 +576,12 @@ CODE = {  # Inductor's settings
 
 @functools.cache
 def _compiled(function, letters, n, **options):
-    """`function` as native code for float32 tensors of these shapes: T and t = CHUNK, v = VECTOR, n (of a convolution:
-    W) as given, L = l + n - 1, b, c, d and l any. r and s are b; T, t, r and s each have distances between rows of
-    their own, which may be any. None where that fails, for want of a C++ compiler. Takes some seconds the first time
-    on a machine. The module that Inductor writes is kept among its caches: to trace the function again, only to find
-    its code there, would take most of that time in every process."""
+    """`function` as native code for float32 tensors of these shapes, bfloat16 after ~: T and t = CHUNK, v = VECTOR, n
+    (of a convolution: W) as given, L = l + n - 1, b, c, l and q any. r and s are b; T, t, r and s each have distances
+    between rows of their own, which may be any, as may all those in a shape that ends with '. None where that fails,
+    for want of a C++ compiler. Takes some seconds the first time on a machine. The module that Inductor writes is kept
+    among its caches: to trace the function again, only to find its code there, would take most of that time in every
+    process."""
     try:
         # to a CUDA toolkit without a GPU it has a line to say, in the middle of a run on a CPU
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -580,14 +621,14 @@ def _inductor_code(function, letters, n, options):
 
     def traced(*tensors):
         for x, shape in zip(tensors, letters.split()):
-            for letter in "nv":
-                if letter in shape:
-                    int(x.shape[shape.index(letter)])  # fixes it
+            for letter, length in zip(shape.strip("~'"), x.shape):
+                if letter in "nv":
+                    int(length)  # fixes it
         return function(*tensors, **options) or ()
 
     table = {op: f for op, f in select_decomp_table().items() if op is not torch.ops.aten.softplus.default}
     with _code_rules(), torch.no_grad():
-        graph = make_fx(traced, table, "symbolic")(*(_example(x, n) for x in letters.split()))
+        graph = make_fx(traced, table, "symbolic")(*(_example(x, n, i) for i, x in enumerate(letters.split())))
         fake = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         with torch._guards.tracing(torch._guards.TracingContext(fake[0].fake_mode)):
             return compile_fx_inner(graph, fake).source_code
@@ -626,10 +667,12 @@ def _repeated(call):
     return run
 
 
-def _native(kernel, like, elements, n, **options):
-    """The native code of a kernel, or None where the plain form is to run."""
-    wanted = COMPILE and like.device.type == "cpu" and like.dtype != torch.float64 and elements >= COMPILE_FROM
-    return _compiled(*kernel, n, **options) if wanted else None
+def _native(kernel, device, dtype, elements, n, **options):
+    """The native code of a kernel for dtype, or None where the plain form is to run."""
+    if not COMPILE or device.type != "cpu" or dtype == torch.float64 or elements < COMPILE_FROM:
+        return None
+    function, letters = kernel
+    return _compiled(function, letters if dtype == torch.bfloat16 else letters.replace("~", ""), n, **options)
 
 
 def _chunks(l, *xs):
@@ -659,7 +702,7 @@ def _rows_d(x, g):
     """(.., b, l, d) -> (.., r, l, c, VECTOR), and so for states (.., b, n, d)"""
     x = x.float().contiguous()
     if g == 1:  # fewer calls: a chunk of a small block is quick
-        return x.view(*x.shape[:-1], -1, VECTOR)
+        return blocks(x)
     return x.unflatten(-1, (g, -1, VECTOR)).transpose(-4, -3).flatten(-5, -4)
 
 
@@ -673,7 +716,7 @@ def _rows_of(x, u, g):
     """A parameter (d,) or (n, d) -> (r, c, VECTOR) or (r, n, c, VECTOR), one for all b; zeros for an absent one"""
     x = u.new_zeros(u.shape[2], dtype=torch.float32) if x is None else x.float().contiguous()
     if g == 1:
-        return x.view(*x.shape[:-1], -1, VECTOR).expand(len(u), *x.shape[:-1], -1, -1)
+        return blocks(x).expand(len(u), *x.shape[:-1], -1, -1)
     x = x.unflatten(-1, (g, -1, VECTOR)).movedim(-3, 0)  # (g, .., c, VECTOR)
     return x.expand(len(u), *x.shape).flatten(0, 1)
 
@@ -729,7 +772,7 @@ def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, del
 
 def _scan_native(kernel, u, A, z, delta_softplus):
     n = A.shape[1]
-    return _native(kernel, u, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
+    return _native(kernel, u.device, u.dtype, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
 
 
 def _longer(more, *xs, dim=-1):
@@ -772,8 +815,8 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
 
 
 def _conv_native(kernel, x, weight, silu, reset, dilation):
-    if dilation == 1 and not (reset is not None and reset.any()):
-        return _native(kernel, x, x.numel() * CONV_WORK, weight.shape[1], silu=silu)
+    if dilation == 1 and x.shape[2] % VECTOR == 0 and not (reset is not None and reset.any()):
+        return _native(kernel, x.device, x.dtype, x.numel() * CONV_WORK, weight.shape[1], silu=silu)
 
 
 def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
@@ -781,7 +824,8 @@ def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
     if native is None:
         return _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation)
     rows, _, _ = _taps(x, weight.shape[1], 1, initial_state, None)
-    y, = native([*_plain_taps(rows, weight, bias)])
+    y = torch.empty(x.shape, dtype=_native_dtype(x), device=x.device)
+    native([*_side_by_side(rows, weight, bias), blocks(y[:, None])])
     return y.to(x.dtype), rows[:, x.shape[1] :].clone()
 
 
@@ -789,17 +833,48 @@ def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
     native = None if dy is None else _conv_native(TAPS_BWD, x, weight, silu, reset, dilation)
     if native is None:
         return _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation)
-    rows, _, _ = _taps(x, weight.shape[1], 1, initial_state, None)
-    drows, dweight, dbias = native([dy.float().contiguous(), *_plain_taps(rows, weight, bias)])
-    if dfinal is not None:
-        drows[:, x.shape[1] :] += dfinal
-    span = weight.shape[1] - 1
-    return drows[:, span:], dweight.t(), dbias, drows[:, :span]
+    l, span = x.shape[1], weight.shape[1] - 1
+    rows, _, _ = _taps(x, span + 1, 1, initial_state, None)
+    dy = dy.to(_native_dtype(x)).contiguous()
+    grads = native([blocks(dy[:, None]), *_side_by_side(rows, weight, bias)])
+    dx, dstate, dweight, dbias = (grad.squeeze(dim) for grad, dim in zip(grads, (1, 1, 0, 0)))
+    if dfinal is not None:  # the last rows of state and x
+        dx[:, max(0, l - span) :] += dfinal[:, max(0, span - l) :]
+        dstate[:, l:] += dfinal[:, : max(0, span - l)]
+    return dx, dweight.t(), dbias, dstate
 
 
-def _plain_taps(rows, weight, bias):
+def _native_dtype(x):
+    return x.dtype if x.dtype == torch.bfloat16 else torch.float32
+
+
+def _side_by_side(rows, weight, bias):
+    """A convolution's rows and parameters as those of one of q = 1"""
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    return [x.float().contiguous() for x in (rows, weight.t(), bias)]
+    return [blocks(x.float().contiguous()) for x in (rows[:, None], weight.t()[None], bias[None])]
+
+
+class UnitCode(NamedTuple):
+    """Native code for the units of a fractal layer whose matrix products are in dtype: convolutions with SiLU and
+    norms, and the gradients of both. A norm is there for each type that z comes in."""
+
+    dtype: torch.dtype
+    taps: Callable
+    taps_bwd: Callable
+    norm: dict[torch.dtype, Callable]
+    norm_bwd: dict[torch.dtype, Callable]
+
+
+def unit_code(device, dtype, elements, W):
+    """UnitCode for matrix products in dtype and convolutions of W taps over so many elements, or None where torch's
+    operations are to run."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    elements, dtypes = elements * CONV_WORK, {dtype, torch.float32}
+    taps, taps_bwd = (_native(kernel, device, dtype, elements, W, silu=True) for kernel in (TAPS_FWD, TAPS_BWD))
+    norm, norm_bwd = ({f: _native(kernel, device, f, elements, 0) for f in dtypes} for kernel in (NORM_FWD, NORM_BWD))
+    every = taps, taps_bwd, *norm.values(), *norm_bwd.values()
+    return None if None in every else UnitCode(dtype, taps, taps_bwd, norm, norm_bwd)
 
 
 # ---------------------------------------------------------------- Triton

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from kernels import causal_conv1d, selective_scan
+from kernels import blocks, causal_conv1d, selective_scan, unit_code
 
 Mixer = Literal["standard", "mamba", "fractal"]
 Range = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
@@ -468,8 +468,12 @@ class FractalBlock(nn.Module):
     def budget(self, depth: int) -> int:
         return min(depth, self.levels or depth)
 
+    def width(self, group: list[int]) -> int:
+        """What its modules are padded to: a multiple of 16, the numbers of a vector"""
+        return -(-max(self.dims[k] for k in group) // 16) * 16
+
     def initial_state(self, B, device, dtype):
-        widths = [L * len(group) * max(self.dims[k] for k in group)
+        widths = [L * len(group) * self.width(group)
                   for group in self.groups for L in units_together(self.budget(self.depths[group[0]]))]
         return tuple(torch.zeros(B, self.kernel - 1, width, device=device, dtype=dtype) for width in widths)
 
@@ -479,7 +483,7 @@ class FractalBlock(nn.Module):
         packed = []
         for group in self.groups:
             modules, levels = [self.fractals[k] for k in group], range(self.depths[group[0]])
-            pads = [max(self.dims[k] for k in group) - self.dims[k] for k in group]
+            pads = [self.width(group) - self.dims[k] for k in group]
             conv = [F.pad(m.conv[c], (0, 0, 0, p)) for c in levels for m, p in zip(modules, pads)]
             M = [F.pad(m.M[c].weight, (0, p, 0, p)) for c in levels for m, p in zip(modules, pads)]
             p = torch.stack([m.a for m in modules], dim=1).sigmoid()[:, :, None]
@@ -493,13 +497,22 @@ class FractalBlock(nn.Module):
     def in_groups(self, weight):
         """weight (_, S, ..) -> (_, sum n H, ..): the channels in the order of the groups, modules padded with zeros"""
         parts, zeros = weight.split(self.dims, dim=1), (0, 0) * (weight.dim() - 2)
-        widths = [max(self.dims[k] for k in group) for group in self.groups for _ in group]
+        widths = [self.width(group) for group in self.groups for _ in group]
         return torch.cat([F.pad(parts[k], (*zeros, 0, H - self.dims[k])) if H > self.dims[k] else parts[k]
                           for k, H in zip(itertools.chain(*self.groups), widths)], dim=1)
 
     def projections(self):
         """W_in (2 sum n H, C) and W_out (C, sum n H) for channels as in_groups has them"""
         return self.in_groups(self.W_in.weight.unflatten(0, (2, -1))).flatten(0, 1), self.in_groups(self.W_out.weight)
+
+    def native_code(self, z, state, reset):
+        """None where a block is shorter than the taps or holds a boundary, or where gradients reach the state"""
+        learned = state is not None and any(past.requires_grad for past in state)
+        boundary = reset is not None and reset.any()
+        if not eager_cpu(self.W_in.weight) or z.shape[1] < self.kernel or learned or boundary:
+            return None
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else z.dtype
+        return unit_code(z.device, dtype, z.numel(), self.kernel)
 
     def forward(self, x, state, reset):
         W_in, W_out = self.projections()
@@ -509,10 +522,10 @@ class FractalBlock(nn.Module):
             raise ValueError(f"fractal_levels: the state has {len(state)} entries a layer, this model's setting needs "
                              f"{expected}; start a new state when the levels change")
         past = iter([None] * expected if state is None else state)
-        packed, outputs, states = self.packed(), [], []
+        packed, code, outputs, states = self.packed(), self.native_code(z, state, reset), [], []
         z = z.split([conv.shape[1] for conv, *_ in packed], dim=-1)
         for group, weights, z_g in zip(self.groups, packed, z):
-            fractal = _FractalGroup(self, group, weights, past, reset, z_g)
+            fractal = _FractalGroup(self, group, weights, past, reset, z_g, code)
             y = fractal.norm(fractal.run(z_g.unflatten(-1, (len(group), -1))))  # (B, T, n, H)
             outputs.append(y.flatten(2))
             states += fractal.states
@@ -546,12 +559,89 @@ class ModuleNormCPU(torch.autograd.Function):
         return torch.addcmul(dy, y, along).mul_(r).to(ctx.dtype), None, None
 
 
-class _FractalGroup:
-    """One forward call of the n modules of a layer that share a depth, padded to their greatest width H."""
+class NativeModuleNorm(torch.autograd.Function):
+    """The same by native code, for z (B, T, n, H)"""
 
-    def __init__(self, block: FractalBlock, group: list[int], weights, past, reset, z):
-        self.depth = block.depths[group[0]]
+    @staticmethod
+    def forward(ctx, code, z, inverse_H, eps):
+        B, T, n, _ = z.shape
+        r, y = eps.new_empty(B, n, T), eps.new_empty(z.shape)
+        code.norm[z.dtype]([along_time(z), inverse_H[:, 0], eps[:, 0], along_time(y), r])
+        ctx.code = code
+        ctx.save_for_backward(z, r, inverse_H)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        z, r, inverse_H = ctx.saved_tensors
+        dz = z.new_empty(z.shape)
+        ctx.code.norm_bwd[z.dtype]([along_time(dy.contiguous()), along_time(z), r, inverse_H[:, 0], along_time(dz)])
+        return None, dz, None, None
+
+
+def along_time(x):
+    """(B, T, n, H), H contiguous, as native code takes it: (B, n, T, H / 16, 16)"""
+    return blocks(x).transpose(1, 2)
+
+
+class NativeUnits(torch.autograd.Function):
+    """u_c(z) of L levels, by native code around two products of matrices: z (B, T, n, H), conv (L, n, H, w), M
+    (L, n, H, H) in the type of the products, past (B, w - 1, n H) or None -> the last w - 1 inputs (B, w - 1, n H), and
+    u_c(z) (B, T, n, H) of each level. Each norm and convolution, and the gradient of each, goes over memory once, and
+    reads and writes in the order and the type that the products want."""
+
+    @staticmethod
+    def forward(ctx, code, z, conv, M, past, inverse_H, eps):
+        (B, T, n, H), (L, _, _, w), float32 = z.shape, conv.shape, torch.float32
+        conv = blocks(conv.transpose(2, 3).contiguous())  # (L, n, w, H / 16, 16)
+        inverse_H, eps = inverse_H[:, 0], eps[:, 0]
+        rows = blocks(z.new_empty(B, n, w - 1 + T, H, dtype=float32))
+        start, x, end = rows[:, :, : w - 1], rows[:, :, w - 1 :], rows[:, :, T:]
+        start.copy_(start.zero_() if past is None else along_time(past.view(B, w - 1, n, H)))
+        r_z, r = z.new_empty(B, n, T, dtype=float32), z.new_empty(L, B, n, T, dtype=float32)
+        code.norm[z.dtype]([along_time(z), inverse_H, eps, x, r_z])
+        v, no_bias = z.new_empty(L, n, B, T, H, dtype=M.dtype), torch.zeros_like(conv[0, :, 0])
+        for conv_c, v_c in zip(conv, blocks(v).transpose(1, 2)):
+            code.taps([rows, conv_c, no_bias, v_c])
+        u = torch.bmm(v.view(L * n, B * T, H), M.flatten(0, 1)).view_as(v)
+        ys = [z.new_empty(z.shape, dtype=float32) for _ in range(L)]
+        for u_c, y, r_c in zip(blocks(u).transpose(1, 2), ys, r):
+            code.norm[M.dtype]([u_c, inverse_H, eps, along_time(y), r_c])
+        ctx.code = code
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, r_z, rows, conv, v, M, u, r, inverse_H, no_bias)
+        return end.transpose(1, 2).reshape(B, w - 1, n * H), *ys
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dend, *dys):
+        code, (z, r_z, rows, conv, v, M, u, r, inverse_H, no_bias) = ctx.code, ctx.saved_tensors
+        (L, n, B, T, H), w, du = v.shape, conv.shape[2], torch.empty_like(u)
+        for dy, u_c, r_c, du_c in zip(dys, blocks(u).transpose(1, 2), r, blocks(du).transpose(1, 2)):
+            dy = z.new_zeros(z.shape, dtype=r.dtype) if dy is None else dy.contiguous()
+            code.norm_bwd[M.dtype]([along_time(dy), u_c, r_c, inverse_H, du_c])
+        v, du = v.view(L * n, B * T, H), du.view(L * n, B * T, H)
+        dM, dv = torch.bmm(v.mT, du).view_as(M), torch.bmm(du, M.flatten(0, 1).mT).view_as(u)
+        dx, dconv = None, []
+        for dv_c, conv_c in zip(blocks(dv).transpose(1, 2), conv):
+            dx_c, _, dconv_c, _ = code.taps_bwd([dv_c, rows, conv_c, no_bias])  # (B, n, T, H), .., (n, w, H)
+            dx = dx_c if dx is None else dx.add_(dx_c)
+            dconv.append(dconv_c)
+        if dend is not None:
+            dx[:, :, T - w + 1 :] += dend.view(B, w - 1, n, H).transpose(1, 2)
+        dz = z.new_empty(z.shape)
+        code.norm_bwd[z.dtype]([blocks(dx), along_time(z), r_z, inverse_H, along_time(dz)])
+        return None, dz, torch.stack(dconv).transpose(2, 3), dM, None, None, None
+
+
+class _FractalGroup:
+    """One forward call of the n modules of a layer that share a depth, padded to one width H."""
+
+    def __init__(self, block: FractalBlock, group: list[int], weights, past, reset, z, code):
+        self.depth, self.code = block.depths[group[0]], code
         self.conv, self.M, self.p, self.inverse_H, self.eps = weights
+        self.M = self.M if code is None else self.M.to(code.dtype)
         self.budget, self.past, self.reset, self.states = block.budget(self.depth), past, reset, []
         self.dtype, self.drop, self.cut = z.dtype, 0.0, None
         if block.training and self.depth > 1:
@@ -563,6 +653,8 @@ class _FractalGroup:
 
     def norm(self, z):
         """z (..., n, H), zero in its padding -> RMS-normalised over each module's true width"""
+        if self.code:
+            return NativeModuleNorm.apply(self.code, z, self.inverse_H, self.eps)
         if eager_cpu(self.M):
             return ModuleNormCPU.apply(z, self.inverse_H, self.eps)
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=self.inverse_H.dtype)
@@ -572,6 +664,12 @@ class _FractalGroup:
         """u_low(z) .. u_high(z), (B, T, n, H) each"""
         B, T, n, H = z.shape
         levels, L, past = slice(low - 1, high), high - low + 1, next(self.past)
+        if self.code:
+            past = None if past is None else past[..., : n * H]  # all L levels read the same
+            state, *ys = NativeUnits.apply(self.code, z, self.conv[levels].unflatten(1, (n, H)), self.M[levels], past,
+                                           self.inverse_H, self.eps)
+            self.states.append(state.repeat(1, 1, L).to(self.dtype))
+            return ys
         conv, M = self.conv[levels].flatten(0, 1), self.M[levels].flatten(0, 1)  # (L n H, w), (L n, H, H)
         v = self.norm(z)[:, :, None].expand(B, T, L, n, H).reshape(B, T, L * n * H)
         v, state = causal_conv1d(v, conv, None, "silu", past, self.reset, return_final_state=True)

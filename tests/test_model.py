@@ -1,6 +1,7 @@
 """The laws of DESIGN: whole == chunked == token by token, a row with resets == its documents alone, no future leaks;
 and the reference models of transformers, weights mapped one to one."""
 
+import copy
 import itertools
 import math
 import random
@@ -12,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import kernels
 import sample
 from model import (
     GPT,
     FeedForward,
     GPTConfig,
     LinearCrossEntropy,
+    NativeUnits,
     NGramEmbedding,
     RMSNorm,
     attend,
@@ -292,8 +295,51 @@ def test_fractal_block_is_its_definition(levels):
         y, state = mixer(x[None], None, None)
         close(y[0], fractal_by_definition(mixer, x, levels), 1e-12)
         dims = {C: [H for c, H in zip(mixer.depths, mixer.dims) if c == C] for C in mixer.depths}
-        inputs = sum((2 ** min(C, levels or C) - 1) * len(group) * max(group) for C, group in dims.items())
+        padded = {C: len(group) * -(-max(group) // 16) * 16 for C, group in dims.items()}
+        inputs = sum((2 ** min(C, levels or C) - 1) * width for C, width in padded.items())
         assert sum(s.shape[-1] for s in state) == inputs  # one for each application
+
+
+@pytest.mark.parametrize("dtype, kernel, T", [(torch.float32, 4, 21), (torch.float32, 1, 9), (torch.bfloat16, 4, 16)])
+def test_native_units_are_the_definition(monkeypatch, dtype, kernel, T):
+    """By native code as by torch's operations: outputs, states carried over and every gradient, through a state's end,
+    too. In bfloat16 both round, and no further from float64 than one another."""
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
+    exact = make("fractal", n_embd=48, fractal_dims=[[40, 24, 32, 56]] * 2, fractal_depths=[[3, 1, 3, 2]] * 2,
+                 fractal_count=4, fractal_kernel=kernel, fractal_drop=0.0, fractal_level_drop=0.0).h[0].mixer
+    block = copy.deepcopy(exact).to(torch.float32)
+    x, *douts = (torch.randn(3, 2 * T, 48) for _ in range(3))
+    runs, applied, apply = [], [], NativeUnits.apply
+    monkeypatch.setattr(NativeUnits, "apply", lambda *args: applied.append(args) or apply(*args))
+    for mixer, native in ((exact, False), (block, False), (block, True)):
+        monkeypatch.setattr(kernels, "COMPILE", native)
+        inputs = x.to(mixer.W_in.weight.dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and mixer is block):
+            y1, state = mixer(inputs[:, :T], None, None)
+            y2, state = mixer(inputs[:, T:], map_state(torch.Tensor.detach, state), None)
+        assert bool(applied) == native
+        ends = sum(s.double().square().sum() for s in state)
+        loss = ends + sum((y.double() * dy[:, :T]).sum() for y, dy in zip((y1, y2), douts))
+        learned = [p for p in mixer.parameters() if p.numel()]
+        runs.append([y1, y2, *state, *torch.autograd.grad(loss, [inputs, *learned])])
+    for real, plain, native in zip(*runs):
+        error, other = (((r.double() - real).norm() / (real.norm() + 1e-9)).item() for r in (native, plain))
+        assert error <= (5e-6 if dtype == torch.float32 else 1.2 * other + 1e-3)
+
+
+def test_native_units_leave_states_with_gradients_alone(monkeypatch):
+    """What one block does to the next is differentiated by torch's operations, where native code has no formula."""
+    monkeypatch.setattr(kernels, "COMPILE", True)
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
+    exact = make("fractal", n_embd=32, fractal_drop=0.0, fractal_level_drop=0.0).h[0].mixer
+    grads = []
+    for mixer in (exact, copy.deepcopy(exact).to(torch.float32)):
+        x = torch.linspace(-1, 1, 2 * 16 * 32, dtype=mixer.W_in.weight.dtype).view(2, 16, 32).requires_grad_()
+        _, state = mixer(x[:, :8], None, None)
+        y, _ = mixer(x[:, 8:], state, None)
+        grads += torch.autograd.grad(y.square().sum(), x)
+    close(grads[1].double(), grads[0], 1e-5)
+    assert grads[0][:, 5:8].abs().min() > 0
 
 
 def test_fractal_draws_come_from_their_own_seed():
@@ -375,7 +421,7 @@ def test_flops_agree_with_pytorchs_counter():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     for kind in ("standard", "fractal"):
-        model = make(kind, window=8, fractal_depth_range=[2, 2], fractal_dim_range=[8, 8]).eval()
+        model = make(kind, window=8, fractal_depth_range=[2, 2], fractal_dim_range=[16, 16]).eval()
         state = model.initial_state(1)
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model(torch.zeros(1, 1, dtype=torch.long), state=state)
