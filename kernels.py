@@ -815,7 +815,7 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
 
 
 def _conv_native(kernel, x, weight, silu, reset, dilation):
-    if dilation == 1 and x.shape[2] % VECTOR == 0 and not (reset is not None and reset.any()):
+    if dilation == 1 and not (reset is not None and reset.any()):
         return _native(kernel, x.device, x.dtype, x.numel() * CONV_WORK, weight.shape[1], silu=silu)
 
 
@@ -824,20 +824,20 @@ def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
     if native is None:
         return _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation)
     rows, _, _ = _taps(x, weight.shape[1], 1, initial_state, None)
-    y = torch.empty(x.shape, dtype=_native_dtype(x), device=x.device)
+    y = torch.empty(*x.shape[:2], x.shape[2] + -x.shape[2] % VECTOR, dtype=_native_dtype(x), device=x.device)
     native([*_side_by_side(rows, weight, bias), blocks(y[:, None])])
-    return y.to(x.dtype), rows[:, x.shape[1] :].clone()
+    return y[..., : x.shape[2]].to(x.dtype).contiguous(), rows[:, x.shape[1] :].clone()
 
 
 def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
     native = None if dy is None else _conv_native(TAPS_BWD, x, weight, silu, reset, dilation)
     if native is None:
         return _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation)
-    l, span = x.shape[1], weight.shape[1] - 1
+    (_, l, d), span = x.shape, weight.shape[1] - 1
     rows, _, _ = _taps(x, span + 1, 1, initial_state, None)
-    dy = dy.to(_native_dtype(x)).contiguous()
-    grads = native([blocks(dy[:, None]), *_side_by_side(rows, weight, bias)])
-    dx, dstate, dweight, dbias = (grad.squeeze(dim) for grad, dim in zip(grads, (1, 1, 0, 0)))
+    dy = _whole_blocks(dy.to(_native_dtype(x)))
+    grads = native([dy[:, None], *_side_by_side(rows, weight, bias)])
+    dx, dstate, dweight, dbias = (grad.squeeze(dim)[..., :d] for grad, dim in zip(grads, (1, 1, 0, 0)))
     if dfinal is not None:  # the last rows of state and x
         dx[:, max(0, l - span) :] += dfinal[:, max(0, span - l) :]
         dstate[:, l:] += dfinal[:, : max(0, span - l)]
@@ -848,10 +848,16 @@ def _native_dtype(x):
     return x.dtype if x.dtype == torch.bfloat16 else torch.float32
 
 
+def _whole_blocks(x):
+    """blocks(x), with zeros after the channels where they do not fill the last block"""
+    more = -x.shape[-1] % VECTOR
+    return blocks((F.pad(x, (0, more)) if more else x).contiguous())
+
+
 def _side_by_side(rows, weight, bias):
     """A convolution's rows and parameters as those of one of q = 1"""
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    return [blocks(x.float().contiguous()) for x in (rows[:, None], weight.t()[None], bias[None])]
+    return [_whole_blocks(x.float()) for x in (rows[:, None], weight.t()[None], bias[None])]
 
 
 class UnitCode(NamedTuple):

@@ -232,7 +232,7 @@ def native(monkeypatch):
 
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(b=st.integers(1, 3), l=st.sampled_from([1, 7, 8, 9, 16, 24, 37]), d=st.sampled_from([1, 13, 16, 48, 64]), at=AT,
+@given(b=st.integers(1, 3), l=st.sampled_from([1, 7, 8, 9, 16, 24, 37]), d=st.sampled_from([1, 5, 8, 13, 48]), at=AT,
        dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99),
        absent=st.sets(st.sampled_from(["D", "delta_bias", "initial_state", "bias"])))
 def test_native_code_equals_oracle(native, b, l, d, at, dtype, seed, absent):
@@ -289,7 +289,7 @@ def test_native_code_of_another_form(native):
     options = dict(reset=resets(2, 19, [(1, 9)]), return_last_state=True)
     assert_as_near_as_the_oracle(selective_scan, selective_scan_oracle, x, options, 2e-6)
     for l in (2, 19):  # the state is longer, or shorter
-        x = conv_inputs(2, l, 16, 4, dtype=torch.float32)
+        x = conv_inputs(2, l, 10, 4, dtype=torch.float32)
         assert_as_near_as_the_oracle(causal_conv1d, causal_conv1d_oracle, x, dict(return_final_state=True), 2e-6)
 
 
