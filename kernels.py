@@ -309,9 +309,9 @@ def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
 
 # ---------------------------------------------------------------- the same, compiled for the CPU at hand
 #
-# Each function below is written in torch, for one chunk or for one convolution, and runs as it stands or as the native
-# code that Inductor makes of it: vectors along channels, any batch, length and width. A chunk's outputs are views, its
-# last arguments.
+# Each function below is written in torch, for one chunk, one convolution or one norm, and runs as it stands or as the
+# native code that Inductor makes of it: vectors along channels, any batch, length and width. A chunk's outputs are
+# views, its last arguments.
 
 @contextlib.contextmanager
 def _code_rules():

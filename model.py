@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from kernels import blocks, causal_conv1d, selective_scan, unit_code
+from kernels import VECTOR, blocks, causal_conv1d, selective_scan, unit_code
 
 Mixer = Literal["standard", "mamba", "fractal"]
 Range = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
@@ -142,6 +142,12 @@ class GPTConfig(BaseModel):
 def eager_cpu(x):
     """Whether what is written for a CPU's own types and eager code applies to x"""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+
+
+def product_type(weight) -> torch.dtype:
+    """The type that matrix products with this weight have here: autocast's, or its own"""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class RMSNorm(nn.Module):
@@ -469,8 +475,8 @@ class FractalBlock(nn.Module):
         return min(depth, self.levels or depth)
 
     def width(self, group: list[int]) -> int:
-        """What its modules are padded to: a multiple of 16, the numbers of a vector"""
-        return -(-max(self.dims[k] for k in group) // 16) * 16
+        """What its modules are padded to: whole vectors"""
+        return -(-max(self.dims[k] for k in group) // VECTOR) * VECTOR
 
     def initial_state(self, B, device, dtype):
         widths = [L * len(group) * self.width(group)
@@ -507,12 +513,12 @@ class FractalBlock(nn.Module):
 
     def native_code(self, z, state, reset):
         """None where a block is shorter than the taps or holds a boundary, or where gradients reach the state"""
-        learned = state is not None and any(past.requires_grad for past in state)
-        boundary = reset is not None and reset.any()
-        if not eager_cpu(self.W_in.weight) or z.shape[1] < self.kernel or learned or boundary:
+        weight = self.W_in.weight
+        if not eager_cpu(weight) or z.shape[1] < self.kernel or (reset is not None and reset.any()):
             return None
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else z.dtype
-        return unit_code(z.device, dtype, z.numel(), self.kernel)
+        if state is not None and any(past.requires_grad for past in state):
+            return None
+        return unit_code(z.device, product_type(weight), z.numel(), self.kernel)
 
     def forward(self, x, state, reset):
         W_in, W_out = self.projections()

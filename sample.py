@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import kernels
 from kernels import selective_scan_step
-from model import GPT, GPTConfig, RMSNorm, eager_cpu, map_state, rotary_table, rotate
+from model import GPT, GPTConfig, RMSNorm, eager_cpu, map_state, product_type, rotary_table, rotate
 from prepare import DataError, Tokenizer, publish, temporary_file, text_chunks
 
 CHECKPOINT_FORMAT = 1
@@ -90,11 +90,6 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
 # A decoder is one position of a mixer, a layer or the model: a function of x (B, C) that owns what it remembers. It is
 # made from a state, which it leaves alone, and from the weights as they are then. An operation costs microseconds here,
 # more than its arithmetic, so there are few: weights and views are bound once, memory is changed in place.
-
-
-def product_type(weight) -> torch.dtype:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def product(weight, bias=None):
