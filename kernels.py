@@ -22,6 +22,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -316,11 +317,12 @@ def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
 @contextlib.contextmanager
 def _code_rules():
     """Within, Inductor makes polynomials of 0.5 ** m, sigmoid and softplus, where calls would cost the most, reads the
-    bits of a vector as they are, takes as many channels side by side in bfloat16 as in float32, and puts the sums of
-    equal loops into one loop nest before anything else, although no two of them read the same."""
+    bits of a vector as they are, takes as many channels side by side in bfloat16 as in float32 and stores them without
+    a mask, and puts the sums of equal loops into one loop nest before anything else, although no two of them read the
+    same."""
     from torch._inductor.choices import InductorChoices
     from torch._inductor.codegen import cpp
-    from torch._inductor.codegen.cpp import DTYPE_TO_CPP, CppVecOverrides
+    from torch._inductor.codegen.cpp import DTYPE_TO_CPP, CppVecKernel, CppVecOverrides
     from torch._inductor.lowering import lowerings, make_pointwise
     from torch._inductor.virtualized import V, ops
 
@@ -337,6 +339,11 @@ def _code_rules():
     def vector_bits(x, dtype, src_dtype):
         # its own way is a loop over the lanes in memory, which GCC makes ten times as slow where it prefers 256 bits
         return f"at::vec::cast<{DTYPE_TO_CPP[dtype]}, {DTYPE_TO_CPP[src_dtype]}>({x})"
+
+    def store(kernel, value, var, index, dtype, *args):
+        # 16 of 32 lanes of bfloat16 it stores behind a mask, and a load of what lies behind these 16 waits for that
+        code, masked = usual_store(kernel, value, var, index, dtype, *args), r"(\w+)\.store\((.+), \S+\(16L?\)\);"
+        return code.map(lambda x: re.sub(masked, r"std::memcpy(\2, &\1, 32);", x)) if dtype == torch.bfloat16 else code
 
     def number(value):
         return ops.constant(value, torch.float32)
@@ -382,10 +389,11 @@ def _code_rules():
         return make_pointwise(halve)(x)
 
     aten, usual, usual_bits = torch.ops.aten, dict(lowerings), CppVecOverrides.to_dtype_bitcast
-    usual_low = cpp.get_loop_body_lowp_fp
+    usual_low, usual_store = cpp.get_loop_body_lowp_fp, CppVecKernel._get_store_line
     lowerings.update({aten.pow.Scalar: power, aten.sigmoid.default: make_pointwise(sigmoid),
                       aten.softplus.default: make_pointwise(softplus)})
     CppVecOverrides.to_dtype_bitcast = staticmethod(vector_bits)
+    CppVecKernel._get_store_line = store
     cpp.get_loop_body_lowp_fp = lambda body: (None, True)
     try:
         with V.set_choices_handler(SumsTogether()):
@@ -395,6 +403,7 @@ def _code_rules():
         lowerings.update(usual)
         CppVecOverrides.to_dtype_bitcast = staticmethod(usual_bits)
         cpp.get_loop_body_lowp_fp = usual_low
+        CppVecKernel._get_store_line = usual_store
 
 
 def _keep(x):
@@ -524,25 +533,100 @@ def _taps_bwd(dy, rows, weight, bias, *, silu):
     return grad(W - 1, l), grad(0, W - 1), dweight, dy.sum(2).sum(0)
 
 
-def _norm_fwd(z, inverse, eps, y, r):
-    """y = z r, r = (inverse sum z^2 + eps)^-1/2 over the last dimension of z (b, q, l, d); inverse, eps (q,)."""
+def _norm_fwd(z, inverse, eps, y, r, gain=None):
+    """y = z r gain, r = (inverse sum z^2 + eps)^-1/2 over the last dimension of z (b, q, l, d); inverse, eps (q,), gain
+    (q, d)."""
     z, y = _flat(z.float(), y)
     r.copy_(torch.rsqrt((z * z).sum(-1) * inverse[:, None] + eps[:, None]))
-    y.copy_(z * r[..., None])
+    normed = z * r[..., None]
+    y.copy_(normed if gain is None else normed * gain.flatten(-2)[:, None])
 
 
-def _norm_bwd(dy, z, r, inverse, dz):
-    """dz = r (dy - y inverse sum dy y)"""
-    dy, z, dz = _flat(dy, z.float(), dz)
-    y = z * r[..., None]
-    along = (dy * y).sum(-1) * inverse[:, None]
-    dz.copy_((dy - y * along[..., None]) * r[..., None])
+def _norm_bwd(dy, z, r, inverse, dz, gain=None):
+    """dz = r (w - n inverse sum w n) with n = z r, w = dy gain; and the gradient of the gain"""
+    dy, z, dz = _flat(dy.float(), z.float(), dz)
+    normed = z * r[..., None]
+    w = dy if gain is None else dy * gain.flatten(-2)[:, None]
+    along = (w * normed).sum(-1) * inverse[:, None]
+    dz.copy_((w - normed * along[..., None]) * r[..., None])
+    return () if gain is None else ((dy * normed).sum(2).sum(0),)
 
 
-TAPS_FWD = _taps_fwd, "bqLcv qncv qcv ~bqlcv'"
-TAPS_BWD = _taps_bwd, "~bqlcv' bqLcv qncv qcv"
-NORM_FWD = _norm_fwd, "~bqlcv' q q bqlcv' bql"
-NORM_BWD = _norm_bwd, "bqlcv' ~bqlcv' bql q ~bqlcv'"
+def _stream_norm_fwd(x, inverse, eps, gain, n, r, more=None, y=None):
+    """y = x + more (b, l, d), or x alone, and n = y r gain, r = (inverse sum y^2 + eps)^-1/2; inverse, eps (1,)."""
+    x, gain, n = _flat(x, gain, n)
+    if more is not None:
+        more, y = _flat(more.float(), y)
+        x = x + more
+        y.copy_(x)
+    r.copy_(torch.rsqrt((x * x).sum(-1) * inverse[0] + eps[0]))
+    n.copy_(x * r[..., None] * gain)
+
+
+def _stream_norm_bwd(dn, dy, y, r, inverse, gain, dx, dmore=None):
+    """dx = dmore = dy + r (w - m inverse sum w m) with m = y r, w = dn gain; and the gradient of the gain"""
+    dn, dy, y, gain, dx = _flat(dn.float(), dy, y, gain, dx)
+    m, w = y * r[..., None], dn * gain
+    along = (w * m).sum(-1) * inverse[0]
+    grad = dy + (w - m * along[..., None]) * r[..., None]
+    dx.copy_(grad)
+    if dmore is not None:
+        dmore.flatten(-2).copy_(grad)
+    return (dn * m).sum(1).sum(0),
+
+
+def _square_fwd(x, y):
+    """y = relu(x)^2"""
+    x, y = _flat(x.float(), y)
+    root = F.relu(x)
+    y.copy_(root * root)
+
+
+def _square_bwd(dy, y, dx):
+    """dx = 2 relu(x) dy, for y = relu(x)^2"""
+    dy, y, dx = _flat(dy.float(), y.float(), dx)
+    dx.copy_(2 * y.sqrt() * dy)
+
+
+def _rotate(a, b, cos, sin, y_a, y_b):
+    """(a + ib) (cos + i sin) for a, b (b, q, l, d) and cos, sin (l, d)"""
+    a, b, cos, sin, y_a, y_b = _flat(a.float(), b.float(), cos, sin, y_a, y_b)
+    y_a.copy_(a * cos - b * sin)
+    y_b.copy_(b * cos + a * sin)
+
+
+def _weigh_rows(x, r, y):
+    """y = r x"""
+    x, y = _flat(x.float(), y)
+    y.copy_(x * r[..., None])
+
+
+def _softmax_fwd(s, hidden, w, r):
+    """w = 2^(s - max s), 0 where hidden < 0, and r = 1 / sum w"""
+    s, hidden, w = _flat(s.float(), hidden.float()[:, None], w)
+    s = s + hidden
+    x = torch.where(hidden < 0, 0.0, 0.5 ** (s.amax(-1, keepdim=True) - s))
+    w.copy_(x)
+    r.copy_(1 / x.sum(-1))
+
+
+def _softmax_bwd(dp, w, r, ds):
+    """ds = log(2) p (g - sum p g) for dp = r g, g the gradient of p = r w"""
+    dp, w, ds = _flat(dp.float(), w.float(), ds)
+    along = (w * dp).sum(-1) * r
+    ds.copy_(math.log(2) * w * (dp - along[..., None]))
+
+
+# operations between matrix products, and their gradients
+TAPS = (_taps_fwd, "bqLcv qncv qcv ~bqlcv'"), (_taps_bwd, "~bqlcv' bqLcv qncv qcv")
+NORM = (_norm_fwd, "~bqlcv' q q bqlcv' bql"), (_norm_bwd, "bqlcv' ~bqlcv' bql q ~bqlcv'")
+STREAM_NORM = (_stream_norm_fwd, "blcv q q cv ~blcv bl"), (_stream_norm_bwd, "~blcv blcv blcv bl q cv blcv")
+ADD_NORM = tuple((f, f"{letters} {more}") for (f, letters), more in zip(STREAM_NORM, ("~blcv blcv", "~blcv")))
+HEAD_NORM = (_norm_fwd, "~bqlcv' q q ~bqlcv' bql qcv"), (_norm_bwd, "~bqlcv' ~bqlcv' bql q ~bqlcv' qcv")
+SQUARE = (_square_fwd, "~bcv ~bcv"), (_square_bwd, "~bcv ~bcv ~bcv")
+ROTATE = _rotate, "~bqlcv' ~bqlcv' lcv lcv ~bqlcv' ~bqlcv'"
+WEIGH_ROWS = _weigh_rows, "~bqlcv' bql ~bqlcv'"
+SOFTMAX = (_softmax_fwd, "~bqlcv ~blcv' ~bqlcv bql"), (_softmax_bwd, "~bqlcv ~bqlcv bql ~bqlcv")
 
 
 def _example(shape, n, i=0):
@@ -820,7 +904,7 @@ def _conv_native(kernel, x, weight, silu, reset, dilation):
 
 
 def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
-    native = _conv_native(TAPS_FWD, x, weight, silu, reset, dilation)
+    native = _conv_native(TAPS[0], x, weight, silu, reset, dilation)
     if native is None:
         return _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation)
     rows, _, _ = _taps(x, weight.shape[1], 1, initial_state, None)
@@ -830,7 +914,7 @@ def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
 
 
 def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
-    native = None if dy is None else _conv_native(TAPS_BWD, x, weight, silu, reset, dilation)
+    native = None if dy is None else _conv_native(TAPS[1], x, weight, silu, reset, dilation)
     if native is None:
         return _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation)
     (_, l, d), span = x.shape, weight.shape[1] - 1
@@ -860,27 +944,54 @@ def _side_by_side(rows, weight, bias):
     return [_whole_blocks(x.float()) for x in (rows[:, None], weight.t()[None], bias[None])]
 
 
-class UnitCode(NamedTuple):
-    """Native code for the units of a fractal layer whose matrix products are in dtype: convolutions with SiLU and
-    norms, and the gradients of both. A norm is there for each type that z comes in."""
+class NativeCode(NamedTuple):
+    """Native code of an operation between matrix products in dtype, and of its gradient"""
 
     dtype: torch.dtype
-    taps: Callable
-    taps_bwd: Callable
-    norm: dict[torch.dtype, Callable]
-    norm_bwd: dict[torch.dtype, Callable]
+    fwd: Callable
+    bwd: Callable
 
 
-def unit_code(device, dtype, elements, W):
-    """UnitCode for matrix products in dtype and convolutions of W taps over so many elements, or None where torch's
+def native_code(kernels, device, dtype, elements, n=0, **options):
+    """NativeCode of two kernels, TAPS or the like, for this type and so many elements, or None where torch's
     operations are to run."""
     if dtype not in (torch.float32, torch.bfloat16):
         return None
-    elements, dtypes = elements * CONV_WORK, {dtype, torch.float32}
-    taps, taps_bwd = (_native(kernel, device, dtype, elements, W, silu=True) for kernel in (TAPS_FWD, TAPS_BWD))
-    norm, norm_bwd = ({f: _native(kernel, device, f, elements, 0) for f in dtypes} for kernel in (NORM_FWD, NORM_BWD))
-    every = taps, taps_bwd, *norm.values(), *norm_bwd.values()
-    return None if None in every else UnitCode(dtype, taps, taps_bwd, norm, norm_bwd)
+    fwd, bwd = (_native(kernel, device, dtype, elements * CONV_WORK, n, **options) for kernel in kernels)
+    return None if fwd is None or bwd is None else NativeCode(dtype, fwd, bwd)
+
+
+class AttentionCode(NamedTuple):
+    """Native code for what stands between the matrix products of attention"""
+
+    rotate: Callable
+    weigh_rows: Callable
+    softmax: NativeCode
+
+
+def attention_code(device, dtype, elements):
+    """AttentionCode for products in dtype and so many elements of q, or None where torch's operations are to run."""
+    softmax = native_code(SOFTMAX, device, dtype, elements)
+    if softmax is None:
+        return None
+    rotate, weigh = (_native(kernel, device, dtype, elements * CONV_WORK, 0) for kernel in (ROTATE, WEIGH_ROWS))
+    return None if rotate is None or weigh is None else AttentionCode(rotate, weigh, softmax)
+
+
+class UnitCode(NamedTuple):
+    """Native code for the units of a fractal layer whose matrix products are in dtype: convolutions with SiLU, and
+    norms for each type that z comes in."""
+
+    dtype: torch.dtype
+    taps: NativeCode
+    norm: dict[torch.dtype, NativeCode]
+
+
+def unit_code(device, dtype, elements, W):
+    """UnitCode for convolutions of W taps over so many elements, or None where torch's operations are to run."""
+    taps = native_code(TAPS, device, dtype, elements, W, silu=True)
+    norm = {f: native_code(NORM, device, f, elements) for f in {dtype, torch.float32}}
+    return None if taps is None or None in norm.values() else UnitCode(dtype, taps, norm)
 
 
 # ---------------------------------------------------------------- Triton

@@ -22,7 +22,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from kernels import VECTOR, blocks, causal_conv1d, selective_scan, unit_code
+from kernels import (
+    ADD_NORM,
+    HEAD_NORM,
+    SQUARE,
+    STREAM_NORM,
+    VECTOR,
+    attention_code,
+    blocks,
+    causal_conv1d,
+    native_code,
+    selective_scan,
+    unit_code,
+)
 
 Mixer = Literal["standard", "mamba", "fractal"]
 Range = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
@@ -158,11 +170,76 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
 
     def forward(self, x):
+        if x.dim() == 3 and (code := self.native_code(STREAM_NORM, x)):
+            return NativeStreamNorm.apply(code, x, None, self.weight, self.eps)[1]
         if not eager_cpu(x):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         if torch.is_grad_enabled():
             return RMSNormCPU.apply(x, self.weight, self.eps)
         return (x * reciprocal_rms(x, self.eps)).mul_(self.weight)
+
+    def add(self, x, y=None):
+        """x + y (B, T, C), or x alone, and its norm"""
+        code = self.native_code(STREAM_NORM if y is None else ADD_NORM, x)
+        if code and (y is None or y.dtype == code.dtype):
+            return NativeStreamNorm.apply(code, x, y, self.weight, self.eps)
+        x = x if y is None else x + y
+        return x, self(x)
+
+    def native_code(self, kernels, x):
+        if x.dtype == self.weight.dtype == torch.float32 and eager_cpu(x) and len(self.weight) % VECTOR == 0:
+            return native_code(kernels, x.device, product_type(self.weight), x.numel())
+
+
+class NativeNorm(torch.autograd.Function):
+    """y = x r gain, r = (inverse sum x^2 + eps)^-1/2 over the last dimension of x (b, q, l, d), by native code; inverse
+    and eps (p,), gain (p, d) or None: what is not among the first p of q stays as it is"""
+
+    @staticmethod
+    def forward(ctx, code, x, inverse, eps, gain, dtype):
+        p, y = len(inverse), torch.empty_like(x, dtype=dtype)
+        r, gain = inverse.new_empty(len(x), p, x.shape[2]), () if gain is None else (blocks(gain),)
+        code.fwd([blocks(x[:, :p]), inverse, eps, blocks(y[:, :p]), r, *gain])
+        y[:, p:] = x[:, p:]
+        ctx.code = code
+        ctx.save_for_backward(x, r, inverse, *gain)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, r, inverse, *gain = ctx.saved_tensors
+        p, dx, dy = len(inverse), torch.empty_like(x), dy if dy.stride(-1) == 1 else dy.contiguous()
+        dgain = ctx.code.bwd([blocks(dy[:, :p]), blocks(x[:, :p]), r, inverse, blocks(dx[:, :p]), *gain])
+        dx[:, p:] = dy[:, p:]
+        return None, dx, None, None, dgain[0] if gain else None, None
+
+
+class NativeStreamNorm(torch.autograd.Function):
+    """x + y and its norm in the type of the products, by native code in one pass over memory, and so their gradients"""
+
+    @staticmethod
+    def forward(ctx, code, x, y, gain, eps):
+        inverse, eps = gain.new_full((1,), 1 / len(gain)), gain.new_full((1,), eps)
+        n, r = x.new_empty(x.shape, dtype=code.dtype), x.new_empty(x.shape[:2])
+        tensors = [blocks(x.contiguous()), inverse, eps, blocks(gain), blocks(n), r]
+        if y is not None:
+            x = torch.empty_like(x)
+            tensors += blocks(y.contiguous()), blocks(x)
+        code.fwd(tensors)
+        ctx.code, ctx.adds = code, y is not None
+        ctx.save_for_backward(x, r, inverse, gain)
+        return x, n
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dx, dn):
+        x, r, inverse, gain = ctx.saved_tensors
+        grad, dy = torch.empty_like(x), dn.new_empty(dn.shape) if ctx.adds else None
+        tensors = [dn.contiguous(), dx.contiguous(), x]
+        (dgain,) = ctx.code.bwd([*map(blocks, tensors), r, inverse, blocks(gain), blocks(grad),
+                                 *([blocks(dy)] if ctx.adds else [])])
+        return None, grad, dy, dgain, None
 
 
 def reciprocal_rms(x, eps):
@@ -200,6 +277,14 @@ def make_norm(config: GPTConfig, C: int) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(C, eps=config.norm_eps, bias=config.bias)
     return RMSNorm(C, config.norm_eps)
+
+
+def add_norm(norm, x, y=None):
+    """x + y, or x alone, and its norm"""
+    if isinstance(norm, RMSNorm):
+        return norm.add(x, y)
+    x = x if y is None else x + y
+    return x, norm(x)
 
 
 def map_state(f, state):
@@ -246,38 +331,7 @@ def rotate(x, cos, sin):
         cos, sin = cos[:, :half], sin[:, half:]
         turned = ((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype))  # before they are joined in memory
         return torch.stack(turned, -2).flatten(-2)
-    if x.device.type == "cpu" and cos.ndim == 2:
-        return RotateCPU.apply(x, cos, sin)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-class RotateCPU(torch.autograd.Function):
-    """rotate in pieces of rows that stay in a core's cache, in half of the time of whole passes."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return rotated_in_pieces(x, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        return rotated_in_pieces(dy, cos, -sin), None, None
-
-
-def rotated_in_pieces(x, cos, sin):
-    B, nh, S, hs = x.shape
-    rows, half = max(1, 2**18 // max(1, nh * S * hs)), hs // 2  # two buffers of a megabyte each in float32
-    y = torch.empty(x.shape, dtype=x.dtype)
-    wide, turned = torch.empty(2, min(rows, B), nh, S, hs, dtype=cos.dtype)
-    for source, target in zip(x.split(rows), y.split(rows)):
-        a, b = wide[:len(source)].copy_(source), turned[:len(source)]
-        torch.mul(a, cos, out=b)
-        b[..., :half].addcmul_(a[..., half:], sin[:, :half])
-        b[..., half:].addcmul_(a[..., :half], sin[:, half:])
-        target.copy_(b)
-    return y
 
 
 class MultiHeadAttention(nn.Module):
@@ -304,25 +358,52 @@ class MultiHeadAttention(nn.Module):
         return kv[0].clone(), kv[1].clone(), torch.zeros(B, W - 1, device=device, dtype=torch.bool)
 
     def forward(self, x, state, reset):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        (B, T, C), nh = x.shape, self.n_head
+        qkv = self.c_attn(x).view(B, T, 3 * nh, C // nh).transpose(1, 2)  # (B, 3 nh, T, hs)
         past_k, past_v, past_valid = state or (None, None, None)
         mask, valid = attention_mask(B, T, self.window, past_valid, reset, x.device)
-        if state is not None:
-            k = torch.cat((past_k.to(k.dtype), k), dim=2)  # (B, nh, S, hs), S = W-1 + T
-            v = torch.cat((past_v.to(v.dtype), v), dim=2)
-        S = k.shape[2]
-        new_k, new_v = last(k, self.window - 1, 2), last(v, self.window - 1, 2)
-        # or the state would hold on to all of k and v, and compiled code meet other strides than at first
-        new_k, new_v, valid = new_k.contiguous(), new_v.contiguous(), valid.contiguous()
-
+        S, rotary = (T if state is None else past_k.shape[2] + T), None
         if self.rope:
-            cos, sin = constant_rotary_table(S, C // self.n_head, x.dtype, x.device)
-            q, k = rotate(q, cos[S - T:], sin[S - T:]), rotate(k, cos, sin)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (new_k, new_v, valid)
+            rotary = constant_rotary_table(S, C // nh, torch.promote_types(x.dtype, torch.float32), x.device)
+        if code := self.native_code(qkv, state):
+            if self.q_norm is not None:
+                qkv = self.native_norm(qkv)
+            q, k, v = qkv.chunk(3, dim=1)
+            y = NativeAttention.apply(code, qkv, past_k, past_v, rotary, mask)
+        else:
+            q, k, v = qkv.chunk(3, dim=1)  # (B, nh, T, hs) each
+            if self.q_norm is not None:
+                q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            rotated_q, all_k, all_v = q, after(past_k, k), after(past_v, v)
+            if self.rope:
+                cos, sin = rotary
+                rotated_q, all_k = rotate(q, cos[S - T:], sin[S - T:]), rotate(all_k, cos, sin)
+            y = attend(rotated_q, all_k, all_v, mask, self.dropout if self.training else 0.0)
+            y = y.transpose(1, 2).reshape(B, T, C)
+        n = self.window - 1
+        state = (last(t if T >= n else after(past, t), n, 2) for past, t in ((past_k, k), (past_v, v)))
+        return self.c_proj(y), (*state, valid)
+
+    def native_code(self, qkv, state):
+        """None where gradients reach the state, and for blocks of which not all weights should be kept at once"""
+        _, _, T, hs = qkv.shape
+        if not eager_cpu(self.c_attn.weight) or T > 512 or hs % (2 * VECTOR) or (self.dropout and self.training):
+            return None
+        if state is not None and (state[0].requires_grad or state[1].requires_grad):
+            return None
+        return attention_code(qkv.device, qkv.dtype, qkv.numel() // 3)
+
+    def native_norm(self, qkv):
+        nh, hs = self.n_head, qkv.shape[3]
+        gain = torch.cat((self.q_norm.weight.expand(nh, hs), self.k_norm.weight.expand(nh, hs)))
+        inverse, eps = (gain.new_full((2 * nh,), value) for value in (1 / hs, self.q_norm.eps))
+        code = native_code(HEAD_NORM, qkv.device, qkv.dtype, qkv.numel() // 3)
+        return NativeNorm.apply(code, qkv, inverse, eps, gain, qkv.dtype)
+
+
+def after(past, t):
+    """The positions of t (B, nh, T, hs), after those of the past"""
+    return t if past is None else torch.cat((past.to(t.dtype), t), dim=2)
 
 
 def last(t, n, dim):
@@ -356,11 +437,71 @@ def attend(q, k, v, mask, dropout):
     (B, nh, T, hs), S = q.shape, k.shape[2]
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > 512 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-    if mask is None:
-        hidden = q.new_full((T, S), -math.inf).triu(1)
-    else:
-        hidden = q.new_zeros(mask.shape).masked_fill_(~mask, -math.inf).expand(B, nh, T, S).flatten(0, 1)
+    hidden = hidden_keys(mask, q, S)
+    hidden = hidden[0] if mask is None else hidden.repeat_interleave(nh, 0)
     return AttentionCPU.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), hidden, dropout).view(B, nh, T, hs)
+
+
+def hidden_keys(mask, q, S, more=0):
+    """What is added to (T, S) scores, -inf where a key is hidden and 0 elsewhere, (1 or B, T, more + S); the first
+    `more` are hidden"""
+    if mask is None:
+        mask = torch.ones(1, 1, q.shape[2], S, dtype=torch.bool, device=q.device).tril(S - q.shape[2])
+    hidden = q.new_full((len(mask), q.shape[2], more + S), -math.inf)
+    hidden[:, :, more:].masked_fill_(mask[:, 0], 0)
+    return hidden
+
+
+class NativeAttention(torch.autograd.Function):
+    """attend for qkv (B, 3 nh, T, hs) after past k and v (B, nh, P, hs), by native code around the six products. A row
+    of weights stays as it was before it was divided by its sum: w = p / r."""
+
+    @staticmethod
+    def forward(ctx, code, qkv, past_k, past_v, rotary, mask):
+        (q, k, v), P = qkv.chunk(3, dim=1), 0 if past_k is None else past_k.shape[2]
+        B, nh, T, hs = q.shape
+        more = -(P + T) % VECTOR  # zeros before the first key, hidden
+        half, scale = hs // 2, hs**-0.5 / math.log(2)  # exp is a power of 2
+        cos, sin = (torch.ones(P + T, half), torch.zeros(P + T, half)) if rotary is None else \
+            (rotary[0][:, :half], rotary[1][:, half:])
+        ctx.table, ctx.table_q = (cos[P:], sin[P:]), (cos[P:] * scale, sin[P:] * scale)
+        (all_k, all_v), wide_q = q.new_empty(2, B, nh, more + P + T, hs), q.new_empty(B, nh, T, hs)
+        all_k[:, :, :more], all_v[:, :, :more] = 0, 0
+        if P:
+            turn(code, past_k.to(k.dtype), all_k[:, :, more : more + P], cos[:P], sin[:P])
+            all_v[:, :, more : more + P] = past_v
+        turn(code, k, all_k[:, :, more + P:], *ctx.table)
+        turn(code, q, wide_q, *ctx.table_q)
+        all_v[:, :, more + P:] = v
+        q, k, v = wide_q, all_k, all_v
+        w, r, y = q @ k.mT, q.new_empty(B, nh, T, dtype=torch.float32), q.new_empty(B, T, nh, hs)
+        hidden = hidden_keys(mask, q, P + T, more).expand(B, -1, -1)
+        code.softmax.fwd([blocks(w), blocks(hidden), blocks(w), r])
+        code.weigh_rows([blocks(w @ v), r, blocks(y.transpose(1, 2))])
+        ctx.code = code
+        ctx.save_for_backward(q, k, v, w, r)
+        return y.flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        code, (q, k, v, w, r), (cos, sin), (cos_q, sin_q) = ctx.code, ctx.saved_tensors, ctx.table, ctx.table_q
+        B, nh, T, hs = q.shape
+        dqkv, rdy = q.new_empty(B, T, 3 * nh, hs).transpose(1, 2), torch.empty_like(q)
+        dq, dk, dv = dqkv.chunk(3, dim=1)
+        code.weigh_rows([blocks(dy.contiguous().view(B, T, nh, hs).transpose(1, 2)), r, blocks(rdy)])
+        dv.copy_((w.mT @ rdy)[:, :, -T:])
+        ds = rdy @ v.mT
+        code.softmax.bwd([blocks(ds), blocks(w), r, blocks(ds)])
+        turn(code, ds @ k, dq, cos_q, -sin_q)
+        turn(code, (ds.mT @ q)[:, :, -T:], dk, cos, -sin)
+        return None, dqkv, None, None, None, None
+
+
+def turn(code, x, y, cos, sin):
+    """y = x (B, nh, S, hs), its two halves rotated as pairs by cos and sin (S, hs / 2)"""
+    (a, b), (y_a, y_b) = ([blocks(half) for half in t.chunk(2, dim=-1)] for t in (x, y))
+    code.rotate([a, b, blocks(cos.contiguous()), blocks(sin.contiguous()), y_a, y_b])
 
 
 class AttentionCPU(torch.autograd.Function):
@@ -565,27 +706,6 @@ class ModuleNormCPU(torch.autograd.Function):
         return torch.addcmul(dy, y, along).mul_(r).to(ctx.dtype), None, None
 
 
-class NativeModuleNorm(torch.autograd.Function):
-    """The same by native code, for z (B, T, n, H)"""
-
-    @staticmethod
-    def forward(ctx, code, z, inverse_H, eps):
-        B, T, n, _ = z.shape
-        r, y = eps.new_empty(B, n, T), eps.new_empty(z.shape)
-        code.norm[z.dtype]([along_time(z), inverse_H[:, 0], eps[:, 0], along_time(y), r])
-        ctx.code = code
-        ctx.save_for_backward(z, r, inverse_H)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        z, r, inverse_H = ctx.saved_tensors
-        dz = z.new_empty(z.shape)
-        ctx.code.norm_bwd[z.dtype]([along_time(dy.contiguous()), along_time(z), r, inverse_H[:, 0], along_time(dz)])
-        return None, dz, None, None
-
-
 def along_time(x):
     """(B, T, n, H), H contiguous, as native code takes it: (B, n, T, H / 16, 16)"""
     return blocks(x).transpose(1, 2)
@@ -606,14 +726,14 @@ class NativeUnits(torch.autograd.Function):
         start, x, end = rows[:, :, : w - 1], rows[:, :, w - 1 :], rows[:, :, T:]
         start.copy_(start.zero_() if past is None else along_time(past.view(B, w - 1, n, H)))
         r_z, r = z.new_empty(B, n, T, dtype=float32), z.new_empty(L, B, n, T, dtype=float32)
-        code.norm[z.dtype]([along_time(z), inverse_H, eps, x, r_z])
+        code.norm[z.dtype].fwd([along_time(z), inverse_H, eps, x, r_z])
         v, no_bias = z.new_empty(L, n, B, T, H, dtype=M.dtype), torch.zeros_like(conv[0, :, 0])
         for conv_c, v_c in zip(conv, blocks(v).transpose(1, 2)):
-            code.taps([rows, conv_c, no_bias, v_c])
+            code.taps.fwd([rows, conv_c, no_bias, v_c])
         u = torch.bmm(v.view(L * n, B * T, H), M.flatten(0, 1)).view_as(v)
         ys = [z.new_empty(z.shape, dtype=float32) for _ in range(L)]
         for u_c, y, r_c in zip(blocks(u).transpose(1, 2), ys, r):
-            code.norm[M.dtype]([u_c, inverse_H, eps, along_time(y), r_c])
+            code.norm[M.dtype].fwd([u_c, inverse_H, eps, along_time(y), r_c])
         ctx.code = code
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z, r_z, rows, conv, v, M, u, r, inverse_H, no_bias)
@@ -626,18 +746,18 @@ class NativeUnits(torch.autograd.Function):
         (L, n, B, T, H), w, du = v.shape, conv.shape[2], torch.empty_like(u)
         for dy, u_c, r_c, du_c in zip(dys, blocks(u).transpose(1, 2), r, blocks(du).transpose(1, 2)):
             dy = z.new_zeros(z.shape, dtype=r.dtype) if dy is None else dy.contiguous()
-            code.norm_bwd[M.dtype]([along_time(dy), u_c, r_c, inverse_H, du_c])
+            code.norm[M.dtype].bwd([along_time(dy), u_c, r_c, inverse_H, du_c])
         v, du = v.view(L * n, B * T, H), du.view(L * n, B * T, H)
         dM, dv = torch.bmm(v.mT, du).view_as(M), torch.bmm(du, M.flatten(0, 1).mT).view_as(u)
         dx, dconv = None, []
         for dv_c, conv_c in zip(blocks(dv).transpose(1, 2), conv):
-            dx_c, _, dconv_c, _ = code.taps_bwd([dv_c, rows, conv_c, no_bias])  # (B, n, T, H), .., (n, w, H)
+            dx_c, _, dconv_c, _ = code.taps.bwd([dv_c, rows, conv_c, no_bias])  # (B, n, T, H), .., (n, w, H)
             dx = dx_c if dx is None else dx.add_(dx_c)
             dconv.append(dconv_c)
         if dend is not None:
             dx[:, :, T - w + 1 :] += dend.view(B, w - 1, n, H).transpose(1, 2)
         dz = z.new_empty(z.shape)
-        code.norm_bwd[z.dtype]([blocks(dx), along_time(z), r_z, inverse_H, along_time(dz)])
+        code.norm[z.dtype].bwd([blocks(dx), along_time(z), r_z, inverse_H, along_time(dz)])
         return None, dz, torch.stack(dconv).transpose(2, 3), dM, None, None, None
 
 
@@ -660,7 +780,8 @@ class _FractalGroup:
     def norm(self, z):
         """z (..., n, H), zero in its padding -> RMS-normalised over each module's true width"""
         if self.code:
-            return NativeModuleNorm.apply(self.code, z, self.inverse_H, self.eps)
+            code, inverse_H, eps = self.code.norm[z.dtype], self.inverse_H[:, 0], self.eps[:, 0]
+            return NativeNorm.apply(code, z.transpose(1, 2), inverse_H, eps, None, eps.dtype).transpose(1, 2)
         if eager_cpu(self.M):
             return ModuleNormCPU.apply(z, self.inverse_H, self.eps)
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=self.inverse_H.dtype)
@@ -707,22 +828,30 @@ class _FractalGroup:
 # The whole
 
 class FeedForwardCPU(torch.autograd.Function):
-    """relu(x w^T)^2 v^T (arXiv 2109.08668) for x (N, C), w (H, C), v (C, H). Only the root of what the second product
-    reads is kept, and passes over memory are fewer than with autograd's formulas for the square."""
+    """relu(x w^T)^2 v^T (arXiv 2109.08668) for x (N, C), w (H, C), v (C, H), with native code for the square, or
+    torch's operations where that is None. Of what is H wide only the square is kept, in memory that it is made in."""
 
     @staticmethod
-    def forward(ctx, x, w, v):
-        root = (x @ w.t()).relu_()
-        ctx.save_for_backward(x, w, v, root)
-        return (root * root) @ v.t()
+    def forward(ctx, code, x, w, v):
+        square = x @ w.t()
+        if code is None:
+            square.relu_().square_()
+        else:
+            code.fwd([blocks(square), blocks(square)])
+        ctx.code = code
+        ctx.save_for_backward(x, w, v, square)
+        return square @ v.t()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, w, v, root = ctx.saved_tensors
-        dv = dy.t() @ (root * root)
-        droot = (dy @ (2 * v)).mul_(root)
-        return droot @ w, droot.t() @ x, dv
+        x, w, v, square = ctx.saved_tensors
+        dh = dy @ v
+        if ctx.code is None:
+            dh.mul_(square.sqrt().mul_(2))
+        else:
+            ctx.code.bwd([blocks(dh), blocks(square), blocks(dh)])
+        return None, dh @ w, dh.t() @ x, dy.t() @ square
 
 
 class FeedForward(nn.Module):
@@ -735,11 +864,12 @@ class FeedForward(nn.Module):
         self.c_proj = nn.Linear(hidden, C, bias=config.bias)
 
     def forward(self, x):
-        if self.activation == "relu2" and self.c_fc.bias is None and torch.is_grad_enabled() and eager_cpu(x):
-            tensors = x.flatten(0, -2), self.c_fc.weight, self.c_proj.weight
-            if torch.is_autocast_enabled("cpu"):
-                tensors = (t.to(torch.get_autocast_dtype("cpu")) for t in tensors)
-            return FeedForwardCPU.apply(*tensors).view_as(x)
+        w, v, dtype = self.c_fc.weight, self.c_proj.weight, product_type(self.c_fc.weight)
+        if self.activation == "relu2" and self.c_fc.bias is None and eager_cpu(w):
+            code = None
+            if len(w) % VECTOR == 0:
+                code = native_code(SQUARE, x.device, dtype, x.shape[:-1].numel() * len(w))
+            return FeedForwardCPU.apply(code, *(t.to(dtype) for t in (x.flatten(0, -2), w, v))).view_as(x)
         return self.c_proj(self.activate(self.c_fc(x)))
 
     def activate(self, x):
@@ -768,12 +898,13 @@ class Block(nn.Module):
             x = self.resize(x).to(x.dtype)  # under autocast too, the residual stream stays as exact as the embedding
         if skip is not None:
             x = x + skip
-        y, state = self.mixer(self.ln_1(x), state, reset)
-        x = self.add(x, y)
-        return (x if self.ffn is None else self.add(x, self.ffn(self.ln_2(x)))), state
-
-    def add(self, x, y):
-        return x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
+        x, n = add_norm(self.ln_1, x)
+        y, state = self.mixer(n, state, reset)
+        y = F.dropout(y, self.dropout, self.training)
+        if self.ffn is None:
+            return x + y, state
+        x, n = add_norm(self.ln_2, x, y)
+        return x + F.dropout(self.ffn(n), self.dropout, self.training), state
 
 
 def replace_some(idx, share: float):
@@ -934,8 +1065,10 @@ class GPT(nn.Module):
         return state
 
     def next_block(self, state: dict) -> dict:
-        """The state to start the next training or evaluation block from: with learned positions attention starts
-        fresh and recurrent layers carry on, as GPT-2's table has no position past block_size."""
+        """The state to start the next training or evaluation block from, in memory of its own: it may be a part of all
+        keys and values. With learned positions attention starts fresh and recurrent layers carry on, as GPT-2's table
+        has no position past block_size."""
+        state = map_state(torch.Tensor.contiguous, state)
         if self.wpe is None:
             return state
         fresh = [map_state(torch.zeros_like, s) if block.kind == "standard" else s

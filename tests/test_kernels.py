@@ -293,8 +293,9 @@ def test_native_code_of_another_form(native):
         assert_as_near_as_the_oracle(causal_conv1d, causal_conv1d_oracle, x, dict(return_final_state=True), 2e-6)
 
 
-@pytest.mark.parametrize("kernel", [kernels.CHUNK_FWD, kernels.CHUNK_BWD, kernels.TAPS_FWD, kernels.TAPS_BWD,
-                                    kernels.NORM_FWD, kernels.NORM_BWD])
+@pytest.mark.parametrize("kernel", [kernels.CHUNK_FWD, kernels.CHUNK_BWD, *kernels.TAPS, *kernels.NORM,
+                                    *kernels.STREAM_NORM, *kernels.ADD_NORM, *kernels.HEAD_NORM,
+                                    *kernels.SQUARE, kernels.ROTATE, kernels.WEIGH_ROWS, *kernels.SOFTMAX])
 def test_examples_have_no_number_twice(kernel):
     """Batch, length, width, number of states, and distances between rows that are free: the native code would take two
     equal ones for the same number for ever."""
@@ -320,7 +321,7 @@ def test_native_code_is_vectors_throughout(tmp_path, monkeypatch):
     """No loop over the lanes of a vector: the operators for bits once were such loops, ten times as slow where the
     compiler prefers vectors of 256 bits."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    assert kernels._compiled.__wrapped__(*kernels.TAPS_FWD, 4, silu=True)
+    assert kernels._compiled.__wrapped__(*kernels.TAPS[0], 4, silu=True)
     code = "".join(path.read_text() for path in tmp_path.rglob("*.cpp"))
     assert "at::vec::cast<int32_t, float>" in code and "tmpbuf" not in code
 
@@ -330,7 +331,7 @@ def test_native_code_is_made_once_a_machine(tmp_path, monkeypatch):
     def run():
         z, inverse, eps = torch.randn(2, 3, 10, 1, 16), torch.rand(3), torch.rand(3)
         y, expected, r = torch.empty_like(z), torch.empty_like(z), torch.empty(2, 3, 10)
-        function, letters = kernels.NORM_FWD
+        function, letters = kernels.NORM[0]
         compiled(function, letters.replace("~", ""), 0)([z, inverse, eps, y, r])
         function(z, inverse, eps, expected, r)
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)

@@ -20,6 +20,8 @@ from model import (
     FeedForward,
     GPTConfig,
     LinearCrossEntropy,
+    NativeAttention,
+    NativeStreamNorm,
     NativeUnits,
     NGramEmbedding,
     RMSNorm,
@@ -499,12 +501,12 @@ def test_compiled_model_is_one_graph_with_equal_gradients():
 @pytest.mark.parametrize("kind", MIXERS)
 @pytest.mark.parametrize("T", [3, 8])
 def test_a_state_keeps_its_form(kind, T):
-    """Shapes, strides and dtypes of the first one, or a compiled model would be compiled again for the second block."""
+    """Shapes, strides and dtypes of one block and the next, or a compiled model would be compiled again for it."""
     for dtype, weights in (torch.float64, torch.float64), (torch.bfloat16, torch.float32):
         model = make(kind).to(weights)
         first = model.initial_state(2, dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            second = model(torch.randint(V, (2, T)), state=first)[2]
+            second = model.next_block(model(torch.randint(V, (2, T)), state=first)[2])
         forms = [[(t.shape, t.stride(), t.dtype) for t in tensors(state)] for state in (first, second)]
         assert forms[0] == forms[1]
 
@@ -548,6 +550,47 @@ def test_attention_agrees_with_softmax_in_float64(T, S, dtype, tolerance):
                 (expected, expected, *torch.autograd.grad(expected, (q, k, v), dy.double())))
     for actual, reference in pairs:
         assert (actual.double() - reference).norm() <= tolerance * reference.norm()
+
+
+@pytest.mark.parametrize("keys", [{}, dict(qk_norm=True), dict(position="learned"), dict(window=20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_attention_is_softmax_in_float64(monkeypatch, dtype, keys):
+    """Two blocks with the state carried, of lengths that fill no vector, a document starting in one: outputs and every
+    gradient. In bfloat16 native code rounds no further from float64 than torch's operations."""
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
+    exact = make("standard", n_embd=96, n_head=3, **{"window": 12} | keys).h[0].mixer
+    mixers, T = (exact, *(copy.deepcopy(exact).to(torch.float32) for _ in range(2))), 9
+    x, dy = (torch.randn(3, 2 * T, 96) for _ in range(2))
+    reset = torch.zeros(3, T, dtype=torch.bool)
+    reset[1, 4] = True
+    runs, applied, apply = [], [], NativeAttention.apply
+    monkeypatch.setattr(NativeAttention, "apply", lambda *args: applied.append(args) or apply(*args))
+    for mixer, native in zip(mixers, (False, False, True)):
+        monkeypatch.setattr(kernels, "COMPILE", native)
+        inputs, state = x.to(mixer.c_attn.weight.dtype).requires_grad_(), None
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and mixer is not exact):
+            y1, state = mixer(inputs[:, :T], None, None)
+            y2, state = mixer(inputs[:, T:], map_state(torch.Tensor.detach, state), reset)
+        assert len(applied) == 2 * native
+        k, v, _ = state
+        loss = (torch.cat((y1, y2), 1).double() * dy).sum() + (k.double() + v.double()).square().sum()
+        runs.append([y1, y2, k, v, *torch.autograd.grad(loss, [inputs, *mixer.parameters()])])
+    for real, plain, native in zip(*runs):
+        error, other = (((r.double() - real).norm() / real.norm()).item() for r in (native, plain))
+        assert error <= (2e-6 if dtype == torch.float32 else 1.2 * other + 1e-3)
+
+
+def test_native_attention_leaves_states_with_gradients_alone(monkeypatch):
+    monkeypatch.setattr(kernels, "COMPILE", True)
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
+    exact, grads = make("standard", n_embd=32, n_head=1, window=8).h[0].mixer, []
+    for mixer in (exact, copy.deepcopy(exact).to(torch.float32)):
+        x = torch.linspace(-1, 1, 2 * 16 * 32, dtype=mixer.c_attn.weight.dtype).view(2, 16, 32).sin().requires_grad_()
+        _, state = mixer(x[:, :8], None, None)
+        y, _ = mixer(x[:, 8:], state, None)
+        grads += torch.autograd.grad(y.square().sum(), x)
+    close(grads[1].double(), grads[0], 1e-5)
+    assert grads[0][:, 5:8].abs().min() > 0
 
 
 def test_dropout_of_attention_has_the_gradients_of_the_weights_it_kept():
@@ -655,8 +698,45 @@ def test_rms_norm_is_its_formula():
     torch.testing.assert_close(half.double(), norm.double()(x), atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
-def test_squared_relu_keeps_one_tensor_of_its_width(dtype, tolerance):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.004)])
+@pytest.mark.parametrize("C", [48, 40])  # the latter fills no vectors
+def test_a_sum_and_its_norm_are_their_formula(monkeypatch, dtype, tolerance, C):
+    """By native code: both outputs, with gradients through both, one or none of the two."""
+    monkeypatch.setattr(kernels, "COMPILE", True)
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
+    applied, apply = [], NativeStreamNorm.apply
+    monkeypatch.setattr(NativeStreamNorm, "apply", lambda *args: applied.append(args) or apply(*args))
+    norm = RMSNorm(C, 1e-3)
+    torch.nn.init.normal_(norm.weight)
+    x, y = torch.randn(3, 9, C, requires_grad=True), torch.randn(3, 9, C).to(dtype).requires_grad_()
+    dsum, dn = torch.randn(3, 9, C), torch.randn(9, 3, C).to(dtype).transpose(0, 1)
+
+    def formula(x, y):
+        total = x.double() + y.double()
+        return total, total / (total.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        got = norm.add(x, y)
+        alone = norm(x)
+        with torch.no_grad():
+            assert torch.equal(norm(x), alone)
+    assert len(applied) == (3 if C == 48 else 0) and got[0].dtype == torch.float32
+    expected, inputs = formula(x, y), (x, y, norm.weight)
+    pairs = [*zip(got, expected), (alone, formula(x, torch.zeros(()))[1])]
+    for some in (0, 1), (0,), (1,):
+        grads = [torch.autograd.grad(sum((outs[i].double() * (dsum, dn)[i]).sum() for i in some), inputs,
+                                     retain_graph=True, allow_unused=True, materialize_grads=True)
+                 for outs in (got, expected)]
+        pairs += zip(*grads)
+    for actual, reference in pairs:
+        assert (actual.double() - reference).norm() <= tolerance * reference.norm()
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_squared_relu_keeps_one_tensor_of_its_width(monkeypatch, dtype, tolerance, native):
+    monkeypatch.setattr(kernels, "COMPILE", native)
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
     ffn = FeedForward(GPTConfig(vocab_size=V, n_embd=8), 0).to(torch.promote_types(dtype, torch.float32))
     w, v = ffn.c_fc.weight, ffn.c_proj.weight
     x, kept = torch.randn(5, 7, 8, dtype=w.dtype, requires_grad=True), {}
