@@ -460,30 +460,34 @@ class AdamW(Uncompiled, torch.optim.AdamW):
 
 
 class Muon(Uncompiled, torch.optim.Muon):
-    """torch's Muon with the matrices of one shape, lying or standing, orthogonalised together, in float32 on a CPU that
-    multiplies no bfloat16, where torch's own takes longer than the rest of a small model's step; its update always
+    """torch's Muon with matrices of about one shape, lying or standing, orthogonalised together, in float32 on a CPU
+    that multiplies no bfloat16, where torch's own takes longer than the rest of a small model's step; its update always
     scaled to the root mean square of AdamW's (arXiv 2502.16982, torch's adjust_lr_fn="match_rms_adamw")."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault((*sorted(p.shape), p.device), []).append(p)
-            for (_, longer, device), params in shapes.items():
-                for p in params:
-                    if "momentum_buffer" not in self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momenta, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                torch._foreach_lerp_(grads, momenta, group["momentum"])  # Nesterov's, in the gradients' place
+            params, shapes = [p for p in group["params"] if p.grad is not None], {}
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                A, B = (-(-length // 64) * 64 for length in sorted(p.shape))  # zeros change nothing: few calls
+                shapes.setdefault((A, B, p.device), []).append(p)
+            momenta, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            torch._foreach_lerp_(grads, momenta, group["momentum"])  # Nesterov's, in the gradients' place
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for (A, B, device), params in shapes.items():
+                together = torch.zeros(len(params), A, B, dtype=params[0].dtype, device=device)
                 standing = [p.shape[0] > p.shape[1] for p in params]
-                update = torch.stack([whole(g).mT if up else whole(g) for g, up in zip(grads, standing)])  # (n, A, B)
-                update = orthogonalise(update, choose_dtype("auto", device), group).to(params[0].dtype)
-                update = [share_like(p, u.mT if up else u) for p, u, up in zip(params, update, standing)]
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, update, alpha=-group["lr"] * 0.2 * longer ** 0.5)
+                for x, p, up in zip(together, params, standing):
+                    grad = whole(p.grad)
+                    x[: min(p.shape), : max(p.shape)] = grad.mT if up else grad
+                together = orthogonalise(together, choose_dtype("auto", device), group).to(together.dtype)
+                for x, p, up in zip(together, params, standing):
+                    update = x[: min(p.shape), : max(p.shape)]
+                    update = share_like(p, update.mT if up else update)
+                    p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonalise(G, dtype, group):
