@@ -552,6 +552,22 @@ def _norm_bwd(dy, z, r, inverse, dz, gain=None):
     return () if gain is None else ((dy * normed).sum(2).sum(0),)
 
 
+def _gated_norm_fwd(z, gate, inverse, eps, y, r):
+    """y = n silu(gate), n as _norm_fwd has it"""
+    z, gate, y = _flat(z, gate.float(), y)
+    r.copy_(torch.rsqrt((z * z).sum(-1) * inverse[:, None] + eps[:, None]))
+    y.copy_(z * r[..., None] * gate * torch.sigmoid(gate))
+
+
+def _gated_norm_bwd(dy, z, gate, r, inverse, dz, dgate):
+    dy, z, gate, dz, dgate = _flat(dy.float(), z, gate.float(), dz, dgate)
+    n, s = z * r[..., None], torch.sigmoid(gate)
+    dgate.copy_(dy * n * s * (1 + gate * (1 - s)))
+    w = dy * gate * s
+    along = (w * n).sum(-1) * inverse[:, None]
+    dz.copy_((w - n * along[..., None]) * r[..., None])
+
+
 def _stream_norm_fwd(x, inverse, eps, gain, n, r, more=None, y=None):
     """y = x + more (b, l, d), or x alone, and n = y r gain, r = (inverse sum y^2 + eps)^-1/2; inverse, eps (1,)."""
     x, gain, n = _flat(x, gain, n)
@@ -620,6 +636,8 @@ def _softmax_bwd(dp, w, r, ds):
 # operations between matrix products, and their gradients
 TAPS = (_taps_fwd, "bqLcv qncv qcv ~bqlcv'"), (_taps_bwd, "~bqlcv' bqLcv qncv qcv")
 NORM = (_norm_fwd, "~bqlcv' q q bqlcv' bql"), (_norm_bwd, "bqlcv' ~bqlcv' bql q ~bqlcv'")
+GATED_NORM = ((_gated_norm_fwd, "bqlcv' ~bqlcv' q q ~bqlcv' bql"),
+              (_gated_norm_bwd, "~bqlcv' bqlcv' ~bqlcv' bql q bqlcv' ~bqlcv'"))
 STREAM_NORM = (_stream_norm_fwd, "blcv q q cv ~blcv bl"), (_stream_norm_bwd, "~blcv blcv blcv bl q cv blcv")
 ADD_NORM = tuple((f, f"{letters} {more}") for (f, letters), more in zip(STREAM_NORM, ("~blcv blcv", "~blcv")))
 HEAD_NORM = (_norm_fwd, "~bqlcv' q q ~bqlcv' bql qcv"), (_norm_bwd, "~bqlcv' ~bqlcv' bql q ~bqlcv' qcv")
@@ -978,20 +996,22 @@ def attention_code(device, dtype, elements):
     return None if rotate is None or weigh is None else AttentionCode(rotate, weigh, softmax)
 
 
-class UnitCode(NamedTuple):
-    """Native code for the units of a fractal layer whose matrix products are in dtype: convolutions with SiLU, and
-    norms for each type that z comes in."""
+class FractalCode(NamedTuple):
+    """Native code for what stands between the matrix products of a fractal layer, in dtype: convolutions with SiLU,
+    norms for each type that z comes in, and the gate over a norm."""
 
     dtype: torch.dtype
     taps: NativeCode
     norm: dict[torch.dtype, NativeCode]
+    gate: NativeCode
 
 
-def unit_code(device, dtype, elements, W):
-    """UnitCode for convolutions of W taps over so many elements, or None where torch's operations are to run."""
+def fractal_code(device, dtype, elements, W):
+    """FractalCode for convolutions of W taps over so many elements, or None where torch's operations are to run."""
     taps = native_code(TAPS, device, dtype, elements, W, silu=True)
     norm = {f: native_code(NORM, device, f, elements) for f in {dtype, torch.float32}}
-    return None if taps is None or None in norm.values() else UnitCode(dtype, taps, norm)
+    gate = native_code(GATED_NORM, device, dtype, elements)
+    return None if None in (taps, gate, *norm.values()) else FractalCode(dtype, taps, norm, gate)
 
 
 # ---------------------------------------------------------------- Triton

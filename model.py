@@ -31,9 +31,9 @@ from kernels import (
     attention_code,
     blocks,
     causal_conv1d,
+    fractal_code,
     native_code,
     selective_scan,
-    unit_code,
 )
 
 Mixer = Literal["standard", "mamba", "fractal"]
@@ -659,7 +659,7 @@ class FractalBlock(nn.Module):
             return None
         if state is not None and any(past.requires_grad for past in state):
             return None
-        return unit_code(z.device, product_type(weight), z.numel(), self.kernel)
+        return fractal_code(z.device, product_type(weight), z.numel(), self.kernel)
 
     def forward(self, x, state, reset):
         W_in, W_out = self.projections()
@@ -669,15 +669,17 @@ class FractalBlock(nn.Module):
             raise ValueError(f"fractal_levels: the state has {len(state)} entries a layer, this model's setting needs "
                              f"{expected}; start a new state when the levels change")
         past = iter([None] * expected if state is None else state)
-        packed, code, outputs, states = self.packed(), self.native_code(z, state, reset), [], []
-        z = z.split([conv.shape[1] for conv, *_ in packed], dim=-1)
+        packed, code, fractals = self.packed(), self.native_code(z, state, reset), []
+        outputs, z = [], z.split([conv.shape[1] for conv, *_ in packed], dim=-1)
         for group, weights, z_g in zip(self.groups, packed, z):
-            fractal = _FractalGroup(self, group, weights, past, reset, z_g, code)
-            y = fractal.norm(fractal.run(z_g.unflatten(-1, (len(group), -1))))  # (B, T, n, H)
-            outputs.append(y.flatten(2))
-            states += fractal.states
-        y = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
-        return F.linear(y * F.silu(gate.to(y.dtype)), W_out), tuple(states)
+            fractals.append(_FractalGroup(self, group, weights, past, reset, z_g, code))
+            outputs.append(fractals[-1].run(z_g.unflatten(-1, (len(group), -1))))  # (B, T, n, H)
+        if code:
+            y = NativeGate.apply(code.gate, gate, [(f.inverse_H[:, 0], f.eps[:, 0]) for f in fractals], *outputs)
+        else:
+            y = torch.cat([f.norm(output).flatten(2) for f, output in zip(fractals, outputs)], dim=-1)
+            y = y * F.silu(gate.to(y.dtype))
+        return F.linear(y, W_out), tuple(itertools.chain(*(f.states for f in fractals)))
 
 
 def units_together(levels: int) -> list[int]:
@@ -761,6 +763,39 @@ class NativeUnits(torch.autograd.Function):
         return None, dz, torch.stack(dconv).transpose(2, 3), dM, None, None, None
 
 
+class NativeGate(torch.autograd.Function):
+    """n(z) silu(gate) for z (B, T, n, H) of each group and their gates (B, T, sum n H) side by side, by native code in
+    one pass over memory; norms: 1 / true width and eps, (n,) each, of each group"""
+
+    @staticmethod
+    def forward(ctx, code, gate, norms, *zs):
+        y, rs = gate.new_empty(gate.shape), []
+        for z, (inverse_H, eps), gate_g, y_g in zip(zs, norms, of_groups(gate, zs), of_groups(y, zs)):
+            B, T, n, _ = z.shape
+            rs.append(eps.new_empty(B, n, T))
+            code.fwd([along_time(z), gate_g, inverse_H, eps, y_g, rs[-1]])
+        ctx.code, ctx.norms = code, norms
+        ctx.save_for_backward(gate, *zs, *rs)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        gate, *saved = ctx.saved_tensors
+        zs, rs = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        dgate, dzs = gate.new_empty(gate.shape), [torch.empty_like(z) for z in zs]
+        groups = (of_groups(x, zs) for x in (dy.contiguous(), gate, dgate))
+        for z, r, dz, (inverse_H, _), dy_g, gate_g, dgate_g in zip(zs, rs, dzs, ctx.norms, *groups):
+            ctx.code.bwd([dy_g, along_time(z), gate_g, r, inverse_H, along_time(dz), dgate_g])
+        return None, dgate, None, *dzs
+
+
+def of_groups(x, zs):
+    """The parts of x (B, T, sum n H) that belong to the groups of zs, as native code takes them"""
+    parts = x.split([z.shape[2] * z.shape[3] for z in zs], dim=-1)
+    return [along_time(part.unflatten(-1, z.shape[2:])) for part, z in zip(parts, zs)]
+
+
 class _FractalGroup:
     """One forward call of the n modules of a layer that share a depth, padded to one width H."""
 
@@ -779,9 +814,6 @@ class _FractalGroup:
 
     def norm(self, z):
         """z (..., n, H), zero in its padding -> RMS-normalised over each module's true width"""
-        if self.code:
-            code, inverse_H, eps = self.code.norm[z.dtype], self.inverse_H[:, 0], self.eps[:, 0]
-            return NativeNorm.apply(code, z.transpose(1, 2), inverse_H, eps, None, eps.dtype).transpose(1, 2)
         if eager_cpu(self.M):
             return ModuleNormCPU.apply(z, self.inverse_H, self.eps)
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=self.inverse_H.dtype)

@@ -228,6 +228,7 @@ def native(monkeypatch):
     monkeypatch.setattr(kernels, "COMPILE", True)
     monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
     assert kernels._compiled(*kernels.CHUNK_BWD, 16, softplus=True, gated=True), "needs a C++ compiler: g++ or clang"
+    return kernels._compiled.cache_info().misses
 
 
 @pytest.mark.slow
@@ -247,7 +248,7 @@ def test_native_code_equals_oracle(native, b, l, d, at, dtype, seed, absent):
     x = conv_inputs(b, l, d, 4, 1, absent, dtype, seed)
     options = dict(activation="silu", reset=resets(b, l, at), return_final_state=True)
     assert_as_near_as_the_oracle(causal_conv1d, causal_conv1d_oracle, x, options, tolerance)
-    assert kernels._compiled.cache_info().misses <= 2 + 2 * 2  # scan, and the convolution in two types
+    assert kernels._compiled.cache_info().misses - native <= 1 + 2 * 2  # scan, and the convolution in two types
 
 
 def test_chunks_after_the_first_go_straight_to_the_kernel(native, monkeypatch):
@@ -295,7 +296,8 @@ def test_native_code_of_another_form(native):
 
 @pytest.mark.parametrize("kernel", [kernels.CHUNK_FWD, kernels.CHUNK_BWD, *kernels.TAPS, *kernels.NORM,
                                     *kernels.STREAM_NORM, *kernels.ADD_NORM, *kernels.HEAD_NORM,
-                                    *kernels.SQUARE, kernels.ROTATE, kernels.WEIGH_ROWS, *kernels.SOFTMAX])
+                                    *kernels.GATED_NORM, *kernels.SQUARE, *kernels.SOFTMAX, kernels.ROTATE,
+                                    kernels.WEIGH_ROWS])
 def test_examples_have_no_number_twice(kernel):
     """Batch, length, width, number of states, and distances between rows that are free: the native code would take two
     equal ones for the same number for ever."""
