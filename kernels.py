@@ -980,20 +980,22 @@ def native_code(kernels, device, dtype, elements, n=0, **options):
 
 
 class AttentionCode(NamedTuple):
-    """Native code for what stands between the matrix products of attention"""
+    """Native code for what stands between the matrix products of attention, norms of heads if there are any"""
 
+    softmax: NativeCode
     rotate: Callable
     weigh_rows: Callable
-    softmax: NativeCode
+    norm: NativeCode | None
 
 
-def attention_code(device, dtype, elements):
+def attention_code(device, dtype, elements, norm):
     """AttentionCode for products in dtype and so many elements of q, or None where torch's operations are to run."""
     softmax = native_code(SOFTMAX, device, dtype, elements)
     if softmax is None:
         return None
     rotate, weigh = (_native(kernel, device, dtype, elements * CONV_WORK, 0) for kernel in (ROTATE, WEIGH_ROWS))
-    return None if rotate is None or weigh is None else AttentionCode(rotate, weigh, softmax)
+    code = AttentionCode(softmax, rotate, weigh, native_code(HEAD_NORM, device, dtype, elements) if norm else None)
+    return None if None in code[:3] or (norm and code.norm is None) else code
 
 
 class FractalCode(NamedTuple):

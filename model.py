@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from kernels import (
     ADD_NORM,
-    HEAD_NORM,
     SQUARE,
     STREAM_NORM,
     VECTOR,
@@ -191,30 +190,6 @@ class RMSNorm(nn.Module):
             return native_code(kernels, x.device, product_type(self.weight), x.numel())
 
 
-class NativeNorm(torch.autograd.Function):
-    """y = x r gain, r = (inverse sum x^2 + eps)^-1/2 over the last dimension of x (b, q, l, d), by native code; inverse
-    and eps (p,), gain (p, d) or None: what is not among the first p of q stays as it is"""
-
-    @staticmethod
-    def forward(ctx, code, x, inverse, eps, gain, dtype):
-        p, y = len(inverse), torch.empty_like(x, dtype=dtype)
-        r, gain = inverse.new_empty(len(x), p, x.shape[2]), () if gain is None else (blocks(gain),)
-        code.fwd([blocks(x[:, :p]), inverse, eps, blocks(y[:, :p]), r, *gain])
-        y[:, p:] = x[:, p:]
-        ctx.code = code
-        ctx.save_for_backward(x, r, inverse, *gain)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, r, inverse, *gain = ctx.saved_tensors
-        p, dx, dy = len(inverse), torch.empty_like(x), dy if dy.stride(-1) == 1 else dy.contiguous()
-        dgain = ctx.code.bwd([blocks(dy[:, :p]), blocks(x[:, :p]), r, inverse, blocks(dx[:, :p]), *gain])
-        dx[:, p:] = dy[:, p:]
-        return None, dx, None, None, dgain[0] if gain else None, None
-
-
 class NativeStreamNorm(torch.autograd.Function):
     """x + y and its norm in the type of the products, by native code in one pass over memory, and so their gradients"""
 
@@ -365,9 +340,10 @@ class MultiHeadAttention(nn.Module):
         S, rotary = (T if state is None else past_k.shape[2] + T), None
         if self.rope:
             rotary = constant_rotary_table(S, C // nh, torch.promote_types(x.dtype, torch.float32), x.device)
-        if code := self.native_code(qkv, state):
+        if code := self.native_code(qkv, S, state):
             if self.q_norm is not None:
-                qkv = self.native_norm(qkv)
+                gain = torch.cat([norm.weight.expand(nh, -1) for norm in (self.q_norm, self.k_norm)])
+                qkv = NativeHeadNorm.apply(code.norm, qkv, gain, self.q_norm.eps)
             q, k, v = qkv.chunk(3, dim=1)
             y = NativeAttention.apply(code, qkv, past_k, past_v, rotary, mask)
         else:
@@ -384,21 +360,14 @@ class MultiHeadAttention(nn.Module):
         state = (last(t if T >= n else after(past, t), n, 2) for past, t in ((past_k, k), (past_v, v)))
         return self.c_proj(y), (*state, valid)
 
-    def native_code(self, qkv, state):
-        """None where gradients reach the state, and for blocks of which not all weights should be kept at once"""
+    def native_code(self, qkv, S, state):
+        """None where gradients reach the state, and where there are too many weights to keep them all"""
         _, _, T, hs = qkv.shape
-        if not eager_cpu(self.c_attn.weight) or T > 512 or hs % (2 * VECTOR) or (self.dropout and self.training):
+        if not eager_cpu(self.c_attn.weight) or T > 512 or S > 1024 or hs % (2 * VECTOR):
             return None
-        if state is not None and (state[0].requires_grad or state[1].requires_grad):
+        if (self.dropout and self.training) or (state is not None and any(past.requires_grad for past in state)):
             return None
-        return attention_code(qkv.device, qkv.dtype, qkv.numel() // 3)
-
-    def native_norm(self, qkv):
-        nh, hs = self.n_head, qkv.shape[3]
-        gain = torch.cat((self.q_norm.weight.expand(nh, hs), self.k_norm.weight.expand(nh, hs)))
-        inverse, eps = (gain.new_full((2 * nh,), value) for value in (1 / hs, self.q_norm.eps))
-        code = native_code(HEAD_NORM, qkv.device, qkv.dtype, qkv.numel() // 3)
-        return NativeNorm.apply(code, qkv, inverse, eps, gain, qkv.dtype)
+        return attention_code(qkv.device, qkv.dtype, qkv.numel() // 3, norm=self.q_norm is not None)
 
 
 def after(past, t):
@@ -450,6 +419,31 @@ def hidden_keys(mask, q, S, more=0):
     hidden = q.new_full((len(mask), q.shape[2], more + S), -math.inf)
     hidden[:, :, more:].masked_fill_(mask[:, 0], 0)
     return hidden
+
+
+class NativeHeadNorm(torch.autograd.Function):
+    """RMSNorm over the last dimension of the first n heads of x (B, nh, T, hs), the others as they are, by native code;
+    gain (n, hs)"""
+
+    @staticmethod
+    def forward(ctx, code, x, gain, eps):
+        n, y = len(gain), torch.empty_like(x)
+        inverse, eps = gain.new_full((n,), 1 / x.shape[3]), gain.new_full((n,), eps)
+        r = gain.new_empty(len(x), n, x.shape[2])
+        code.fwd([blocks(x[:, :n]), inverse, eps, blocks(y[:, :n]), r, blocks(gain)])
+        y[:, n:] = x[:, n:]
+        ctx.code = code
+        ctx.save_for_backward(x, r, inverse, gain)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, r, inverse, gain = ctx.saved_tensors
+        n, dx, dy = len(gain), torch.empty_like(x), dy if dy.stride(-1) == 1 else dy.contiguous()
+        (dgain,) = ctx.code.bwd([blocks(dy[:, :n]), blocks(x[:, :n]), r, inverse, blocks(dx[:, :n]), blocks(gain)])
+        dx[:, n:] = dy[:, n:]
+        return None, dx, dgain, None
 
 
 class NativeAttention(torch.autograd.Function):
