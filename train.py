@@ -122,7 +122,7 @@ class Settings(BaseModel):
     checkpoint_dir: str = Field("checkpoints", description="folder of checkpoints, metrics and plots")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 or mps")
     compile: bool | Literal["layers"] = Field(
-        True, description='on GPUs compile the model, on CPUs scans, convolutions and fractals; "layers": whole layers')
+        True, description='on GPUs compile the model, on CPUs what is between matrix products; "layers": whole layers')
     fsdp: bool = Field(False, description="torchrun: each process keeps its share of weights and optimizer (FSDP2)")
     seed: NonNegativeInt = Field(1337, description="seed of initialisation, data order and dropout")
     init_from: str = Field("scratch", description="scratch, resume, a checkpoint to start from, or gpt2")
@@ -762,7 +762,7 @@ class Run:
             self.say(f"warning: the layers could not be compiled, they run more slowly ({reason})")
             if self.device.type != "cpu":
                 return "not compiled"
-        return "scans, convolutions and fractals compiled (the first time on a machine takes half a minute)"
+        return "compiled between matrix products (the first time on a machine takes up to a minute)"
 
     def initial_state(self) -> dict | None:
         return self.model.initial_state(self.config.batch_size, self.dtype) if self.carries else None
