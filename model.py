@@ -196,8 +196,8 @@ class NativeStreamNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, code, x, y, gain, eps):
         inverse, eps = gain.new_full((1,), 1 / len(gain)), gain.new_full((1,), eps)
-        n, r = x.new_empty(x.shape, dtype=code.dtype), x.new_empty(x.shape[:2])
-        tensors = [blocks(x.contiguous()), inverse, eps, blocks(gain), blocks(n), r]
+        x, n, r = x.contiguous(), x.new_empty(x.shape, dtype=code.dtype), x.new_empty(x.shape[:2])
+        tensors = [blocks(x), inverse, eps, blocks(gain), blocks(n), r]
         if y is not None:
             x = torch.empty_like(x)
             tensors += blocks(y.contiguous()), blocks(x)

@@ -708,7 +708,7 @@ def test_a_sum_and_its_norm_are_their_formula(monkeypatch, dtype, tolerance, C):
     monkeypatch.setattr(NativeStreamNorm, "apply", lambda *args: applied.append(args) or apply(*args))
     norm = RMSNorm(C, 1e-3)
     torch.nn.init.normal_(norm.weight)
-    x, y = torch.randn(3, 9, C, requires_grad=True), torch.randn(3, 9, C).to(dtype).requires_grad_()
+    x, y = torch.randn(9, 3, C).transpose(0, 1).requires_grad_(), torch.randn(3, 9, C).to(dtype).requires_grad_()
     dsum, dn = torch.randn(3, 9, C), torch.randn(9, 3, C).to(dtype).transpose(0, 1)
 
     def formula(x, y):
@@ -722,7 +722,9 @@ def test_a_sum_and_its_norm_are_their_formula(monkeypatch, dtype, tolerance, C):
             assert torch.equal(norm(x), alone)
     assert len(applied) == (3 if C == 48 else 0) and got[0].dtype == torch.float32
     expected, inputs = formula(x, y), (x, y, norm.weight)
-    pairs = [*zip(got, expected), (alone, formula(x, torch.zeros(()))[1])]
+    alone_too = formula(x, torch.zeros(()))[1]
+    pairs = [*zip(got, expected), (alone, alone_too), *zip(*(
+        torch.autograd.grad((n.double() * dn).sum(), (x, norm.weight)) for n in (alone, alone_too)))]
     for some in (0, 1), (0,), (1,):
         grads = [torch.autograd.grad(sum((outs[i].double() * (dsum, dn)[i]).sum() for i in some), inputs,
                                      retain_graph=True, allow_unused=True, materialize_grads=True)
