@@ -533,62 +533,65 @@ def _taps_bwd(dy, rows, weight, bias, *, silu):
     return grad(W - 1, l), grad(0, W - 1), dweight, dy.sum(2).sum(0)
 
 
+def _normed(z, inverse, eps, r):
+    """n = z r, r = (inverse sum z^2 + eps)^-1/2 over the last dimension of z (b, q, l, d); inverse, eps (q, 1)"""
+    r.copy_(torch.rsqrt((z * z).sum(-1) * inverse + eps))
+    return z * r[..., None]
+
+
+def _normed_bwd(dn, n, inverse, r):
+    """The gradient of z"""
+    along = (dn * n).sum(-1) * inverse
+    return (dn - n * along[..., None]) * r[..., None]
+
+
 def _norm_fwd(z, inverse, eps, y, r, gain=None):
-    """y = z r gain, r = (inverse sum z^2 + eps)^-1/2 over the last dimension of z (b, q, l, d); inverse, eps (q,), gain
-    (q, d)."""
+    """y = n gain; inverse, eps (q,), gain (q, d)"""
     z, y = _flat(z.float(), y)
-    r.copy_(torch.rsqrt((z * z).sum(-1) * inverse[:, None] + eps[:, None]))
-    normed = z * r[..., None]
-    y.copy_(normed if gain is None else normed * gain.flatten(-2)[:, None])
+    n = _normed(z, inverse[:, None], eps[:, None], r)
+    y.copy_(n if gain is None else n * gain.flatten(-2)[:, None])
 
 
 def _norm_bwd(dy, z, r, inverse, dz, gain=None):
-    """dz = r (w - n inverse sum w n) with n = z r, w = dy gain; and the gradient of the gain"""
+    """The gradients of z and of the gain"""
     dy, z, dz = _flat(dy.float(), z.float(), dz)
-    normed = z * r[..., None]
-    w = dy if gain is None else dy * gain.flatten(-2)[:, None]
-    along = (w * normed).sum(-1) * inverse[:, None]
-    dz.copy_((w - normed * along[..., None]) * r[..., None])
-    return () if gain is None else ((dy * normed).sum(2).sum(0),)
+    n = z * r[..., None]
+    dz.copy_(_normed_bwd(dy if gain is None else dy * gain.flatten(-2)[:, None], n, inverse[:, None], r))
+    return () if gain is None else ((dy * n).sum(2).sum(0),)
 
 
 def _gated_norm_fwd(z, gate, inverse, eps, y, r):
-    """y = n silu(gate), n as _norm_fwd has it"""
+    """y = n silu(gate)"""
     z, gate, y = _flat(z, gate.float(), y)
-    r.copy_(torch.rsqrt((z * z).sum(-1) * inverse[:, None] + eps[:, None]))
-    y.copy_(z * r[..., None] * gate * torch.sigmoid(gate))
+    y.copy_(_normed(z, inverse[:, None], eps[:, None], r) * gate * torch.sigmoid(gate))
 
 
 def _gated_norm_bwd(dy, z, gate, r, inverse, dz, dgate):
     dy, z, gate, dz, dgate = _flat(dy.float(), z, gate.float(), dz, dgate)
     n, s = z * r[..., None], torch.sigmoid(gate)
     dgate.copy_(dy * n * s * (1 + gate * (1 - s)))
-    w = dy * gate * s
-    along = (w * n).sum(-1) * inverse[:, None]
-    dz.copy_((w - n * along[..., None]) * r[..., None])
+    dz.copy_(_normed_bwd(dy * gate * s, n, inverse[:, None], r))
 
 
-def _stream_norm_fwd(x, inverse, eps, gain, n, r, more=None, y=None):
-    """y = x + more (b, l, d), or x alone, and n = y r gain, r = (inverse sum y^2 + eps)^-1/2; inverse, eps (1,)."""
-    x, gain, n = _flat(x, gain, n)
+def _stream_norm_fwd(x, inverse, eps, gain, y, r, more=None, total=None):
+    """y = n gain for the norm n of total = x + more (b, l, d), or of x alone; inverse, eps (1,)"""
+    x, gain, y = _flat(x, gain, y)
     if more is not None:
-        more, y = _flat(more.float(), y)
+        more, total = _flat(more.float(), total)
         x = x + more
-        y.copy_(x)
-    r.copy_(torch.rsqrt((x * x).sum(-1) * inverse[0] + eps[0]))
-    n.copy_(x * r[..., None] * gain)
+        total.copy_(x)
+    y.copy_(_normed(x, inverse[0], eps[0], r) * gain)
 
 
-def _stream_norm_bwd(dn, dy, y, r, inverse, gain, dx, dmore=None):
-    """dx = dmore = dy + r (w - m inverse sum w m) with m = y r, w = dn gain; and the gradient of the gain"""
-    dn, dy, y, gain, dx = _flat(dn.float(), dy, y, gain, dx)
-    m, w = y * r[..., None], dn * gain
-    along = (w * m).sum(-1) * inverse[0]
-    grad = dy + (w - m * along[..., None]) * r[..., None]
+def _stream_norm_bwd(dy, dtotal, total, r, inverse, gain, dx, dmore=None):
+    """The gradient of x and of more, dtotal and that through the norm, and the gradient of the gain"""
+    dy, dtotal, total, gain, dx = _flat(dy.float(), dtotal, total, gain, dx)
+    n = total * r[..., None]
+    grad = dtotal + _normed_bwd(dy * gain, n, inverse[0], r)
     dx.copy_(grad)
     if dmore is not None:
         dmore.flatten(-2).copy_(grad)
-    return (dn * m).sum(1).sum(0),
+    return (dy * n).sum(1).sum(0),
 
 
 def _square_fwd(x, y):
