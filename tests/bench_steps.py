@@ -4,7 +4,7 @@
 All in one run, the candidates taking turns, medians of repeats, so that ratios hold on any machine. A step is forward,
 backward, clipping and AdamW on random bytes, vocabulary 256, float32; every candidate has its model's own defaults.
 Where the CPU multiplies bfloat16, ours and nanoGPT run once more, under autocast; layers: as train.py --compile layers;
-learned positions: nanoGPT's in place of rotary ones.
+learned positions: nanoGPT's in place of rotary ones; products: the matrix products of our step and nothing else.
 The process keeps freed memory for all of them, as train.py does.
   tokens/s   of a training step
   ms/token   of decoding at batch 1 from a prompt of 16 tokens, the most likely token each time; the first and the last
@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -137,6 +138,35 @@ def steps(make, B, T, vocab=V, bfloat16=False):
     return partial(train_step, model, optimizer, idx[:, :-1], idx[:, 1:].contiguous(), bfloat16)
 
 
+class Products(TorchDispatchMode):
+    """The matrix products of what runs within, in the order and the layouts it makes them. Called: the same products,
+    of random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.operands = [], {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            keys = [(i, x.shape, x.stride(), x.dtype) for i, x in enumerate(args)]
+            for key, x in zip(keys, args):
+                if key not in self.operands:
+                    self.operands[key] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_()
+            self.calls.append((op, *(self.operands[key] for key in keys)))
+        return op(*args, **(kwargs or {}))
+
+    def __call__(self):
+        for op, a, b in self.calls:
+            op(a, b)
+
+
+def products(call):
+    """A call that makes the matrix products of a training step"""
+    with Products() as made:
+        call()
+    return made
+
+
 TRAINING = {
     "pure Mamba, 4 x 256, 16 x 128": (16, 128, {
         "ours": partial(ours, **MAMBA, kind="mamba", block_size=128, ffn_mult=0),
@@ -161,10 +191,11 @@ def training(repeats):
         if multiplies_bfloat16():
             calls |= {f"{name}, bfloat16": steps(makers[name], B, T, bfloat16=True)
                       for name in makers if "ours" in name or name == "nanoGPT"}
-        times = {name: [] for name in calls}
         for call in calls.values():
             with quiet_compiler():
                 call()  # loads and compiles
+        calls |= {f"{name}, products": products(calls[name]) for name in ("ours", "ours, bfloat16") if name in calls}
+        times = {name: [] for name in calls}
         for _ in range(repeats):
             for name, call in calls.items():
                 if name == "transformers" and times[name]:

@@ -10,6 +10,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers looks for what is not there in no other place
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that share a core with another process wait for it at every barrier
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture
+def two_threads():
+    """What threads share is to be right, also where each process of the tests has one of its own."""
+    import torch
+
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(usual)
 
 
 @pytest.fixture(scope="session")

@@ -303,7 +303,7 @@ def test_fractal_block_is_its_definition(levels):
 
 
 @pytest.mark.parametrize("dtype, kernel, T", [(torch.float32, 4, 21), (torch.float32, 1, 9), (torch.bfloat16, 4, 16)])
-def test_native_units_are_the_definition(monkeypatch, dtype, kernel, T):
+def test_native_units_are_the_definition(monkeypatch, two_threads, dtype, kernel, T):
     """By native code as by torch's operations: outputs, states carried over and every gradient, through a state's end,
     too. In bfloat16 both round, and no further from float64 than one another."""
     monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
@@ -554,7 +554,7 @@ def test_attention_agrees_with_softmax_in_float64(T, S, dtype, tolerance):
 
 @pytest.mark.parametrize("keys", [{}, dict(qk_norm=True), dict(position="learned"), dict(window=20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_attention_is_softmax_in_float64(monkeypatch, dtype, keys):
+def test_native_attention_is_softmax_in_float64(monkeypatch, two_threads, dtype, keys):
     """Two blocks with the state carried, of lengths that fill no vector, a document starting in one: outputs and every
     gradient. In bfloat16 native code rounds no further from float64 than torch's operations."""
     monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
@@ -700,7 +700,7 @@ def test_rms_norm_is_its_formula():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.004)])
 @pytest.mark.parametrize("C", [48, 40])  # the latter fills no vectors
-def test_a_sum_and_its_norm_are_their_formula(monkeypatch, dtype, tolerance, C):
+def test_a_sum_and_its_norm_are_their_formula(monkeypatch, two_threads, dtype, tolerance, C):
     """By native code: both outputs, with gradients through both, one or none of the two."""
     monkeypatch.setattr(kernels, "COMPILE", True)
     monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
@@ -736,7 +736,7 @@ def test_a_sum_and_its_norm_are_their_formula(monkeypatch, dtype, tolerance, C):
 
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_squared_relu_keeps_one_tensor_of_its_width(monkeypatch, dtype, tolerance, native):
+def test_squared_relu_keeps_one_tensor_of_its_width(monkeypatch, two_threads, dtype, tolerance, native):
     monkeypatch.setattr(kernels, "COMPILE", native)
     monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
     ffn = FeedForward(GPTConfig(vocab_size=V, n_embd=8), 0).to(torch.promote_types(dtype, torch.float32))

@@ -181,7 +181,7 @@ def same(a, b, path=""):
     ["--optimizer", "muon", "--gradient_accumulation_steps", "2"],
     ["--sequential", "false", "--position", "learned"],
 ], ids=["adamw-noise", "muon-accumulation", "windows-learned"])
-def test_resume_is_bit_for_bit(folder, extra):
+def test_resume_is_bit_for_bit(folder, extra, two_threads):
     common = ["--max_iters", 20, "--checkpoint_interval", 10, "--eval_interval", 5, *extra]
     run(*common)
     whole = train.load_checkpoint(folder / "checkpoints/checkpoint_step_000020.pt")
