@@ -445,6 +445,7 @@ def _chunk_fwd(u, delta, z, B, C, halvings, D, bias, h, y, out, h_out, reset=Non
     """One chunk of the scan, from the state h (b, n, d) to h_out; halvings (n, d) are -A log2(e), so that
     0.5 ** (dt halvings) = exp(dt A). Parameters come once a row. With a gate `out` is y before it."""
     u, delta, z, halvings, D, bias, h, y, out, h_out = _flat(u, delta, z, halvings, D, bias, h, y, out, h_out)
+    u, delta, z = u.float(), delta.float(), z.float()
     halvings, h, h_out = (x.transpose(1, 2) for x in (halvings, h, h_out))  # (b, d, n): the loop over n is innermost
     raw = delta + bias[:, None]
     dt = _keep(F.softplus(raw) if softplus else raw)
@@ -464,6 +465,7 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, halvings, D, bias, h, g, dA, dD, d
     """The gradients of one chunk, by the formulas of _scan_bwd_eager. h is the state before it, out what _chunk_fwd
     gave, g (b, n, d) the gradient of the state after it; dA (b, n, d), dD and dbias (b, d) are sums so far."""
     dy, u, delta, z, out, du, ddelta, dz = _flat(dy, u, delta, z, out, du, ddelta, dz)
+    dy, u, delta, z = dy.float(), u.float(), delta.float(), z.float()
     A, halvings, h, g, dA, g_out, dA_out = _flat(A, halvings, h, g, dA, g_out, dA_out)
     D, bias, dD, dbias, dD_out, dbias_out = _flat(D, bias, dD, dbias, dD_out, dbias_out)
     raw = delta + bias[:, None]
@@ -500,9 +502,9 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, halvings, D, bias, h, g, dA, dD, d
     dbias_out.copy_(dbias + dx.sum(1))
 
 
-CHUNK_FWD = _chunk_fwd, "bTcv bTcv bTcv bTn bTn rncv rcv rcv sncv bTcv btcv sncv"
-CHUNK_BWD = _chunk_bwd, ("bTcv bTcv bTcv bTcv bTcv bTn bTn rncv rncv rcv rcv sncv sncv sncv scv scv "
-                         "bTcv bTcv bTcv btn btn sncv sncv scv scv")
+CHUNK_FWD = _chunk_fwd, "~bTcv ~bTcv ~bTcv' bTn bTn rncv rcv rcv sncv ~bTcv btcv sncv"
+CHUNK_BWD = _chunk_bwd, ("~bTcv ~bTcv ~bTcv ~bTcv' bTcv bTn bTn rncv rncv rcv rcv sncv sncv sncv scv scv "
+                         "~bTcv ~bTcv ~bTcv btn btn sncv sncv scv scv")
 
 
 def _taps_fwd(rows, weight, bias, y, *, silu):
@@ -660,7 +662,7 @@ def _example(shape, n, i=0):
     gaps = dict(T=11, t=53, r=23, s=31)
     size = [sizes[letter] for letter in shape]
     if any_rows:
-        distances = [5000 + 10 * (i + 1) - j for j in range(len(size) - 2)]  # falling: Inductor takes their order over
+        distances = [5003 + 10 * (i + 1) - j for j in range(len(size) - 2)]  # falling: Inductor takes their order over
         return torch.empty_strided(size, [*distances, VECTOR, 1], dtype=dtype)
     gap = len(shape) * (gaps.get(shape[1:2]) or gaps.get(shape[0], 0))
     around = (0, gap) if shape[1:2] == "c" else (0, 64, gap)  # what the tensor is a part of is longer by that much
@@ -795,17 +797,18 @@ def _run_chunk(native, function, tensors, reset, **options):
 
 
 # The chunk functions take r = b g rows of d/g channels each, which threads share: a batch of one is cut into g groups
-# of channels, one a thread but 32 channels at least, otherwise g = 1. Rows are views of whole tensors in float32, their
-# channels in c blocks of VECTOR.
+# of channels, one a thread but 32 channels at least, otherwise g = 1. Rows are views of whole tensors, their channels
+# in c blocks of VECTOR. u, delta and z, their gradients, y and dy are in bfloat16 where the first three come so.
 
 def _groups(b, d):
     most = min(torch.get_num_threads(), d // 32) if b == 1 else 1
     return next((g for g in range(most, 1, -1) if d % (g * VECTOR) == 0), 1)
 
 
-def _rows_d(x, g):
+def _rows_d(x, g, dtype=torch.float32, strided=False):
     """(.., b, l, d) -> (.., r, l, c, VECTOR), and so for states (.., b, n, d)"""
-    x = x.float().contiguous()
+    x = x.to(dtype)
+    x = x if strided and x.stride(-1) == 1 else x.contiguous()
     if g == 1:  # fewer calls: a chunk of a small block is quick
         return blocks(x)
     return x.unflatten(-1, (g, -1, VECTOR)).transpose(-4, -3).flatten(-5, -4)
@@ -828,11 +831,12 @@ def _rows_of(x, u, g):
 
 def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
-    new = partial(torch.empty, dtype=torch.float32, device=u.device)
-    y, last = new(b, l, d), new(b, n, d)
+    new, dtype = partial(torch.empty, dtype=torch.float32, device=u.device), _native_dtype(u, delta, z)
+    y, last = new(b, l, d, dtype=dtype), new(b, n, d)
     saved = new(_saved_size(b, l, d, n, gated, save))
     states, ungated = _saved_parts(saved, b, l, d, n)
-    u_, delta, z, y_ = (_rows_d(u if x is None else x, g) for x in (u, delta, z, y))
+    u_, delta, y_ = (_rows_d(x, g, dtype) for x in (u, delta, y))
+    z = _rows_d(u if z is None else z, g, dtype, strided=True)
     halvings, D, bias = (_rows_of(x, u, g) for x in ((A.float() / -math.log(2)).t(), D, delta_bias))
     chunks = _chunks(l, u_, delta, z, _rows_n(B, g), _rows_n(C, g), y_, reset)
     in_turn = [_rows_d(h, g) for h in (last, torch.empty_like(last))]
@@ -851,14 +855,15 @@ def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, del
                      saved):
     (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
     A, new = A.t().float().contiguous(), partial(torch.empty, dtype=torch.float32, device=u.device)
-    du, ddelta, dz = (new(b, l, d) for _ in range(3))
+    dtype = _native_dtype(u, delta, z)
+    du, ddelta, dz = (new(b, l, d, dtype=dtype) for _ in range(3))
     dB, dC = (new(b * g, l, n) for _ in range(2))
     A, halvings, D, bias = (_rows_of(x, u, g) for x in (A, A / -math.log(2), D, delta_bias))
     dy = torch.zeros_like(u) if dy is None else dy
     states, ungated = _saved_parts(saved, b, l, d, n)
-    rows = [_rows_d(u if x is None else x, g)
-            for x in (dy, u, delta, z, ungated if gated else None, du, ddelta, dz)]
-    chunks = _chunks(l, *rows[:5], _rows_n(B, g), _rows_n(C, g), *rows[5:], dB, dC, reset)
+    dy, u_, delta, *grads = (_rows_d(x, g, dtype) for x in (dy, u, delta, du, ddelta, dz))
+    z, out = _rows_d(u if z is None else z, g, dtype, strided=True), _rows_d(ungated if gated else u, g)
+    chunks = _chunks(l, dy, u_, delta, z, out, _rows_n(B, g), _rows_n(C, g), *grads, dB, dC, reset)
     sums, new_sums = ([new(b, rows, d) for rows in (n, n, 1, 1)] for _ in range(2))  # g, dA, dD, dbias
     for x in sums:
         x.zero_()
@@ -875,9 +880,9 @@ def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, del
     return du, ddelta, dA.sum(0).t(), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), dlast.transpose(1, 2)
 
 
-def _scan_native(kernel, u, A, z, delta_softplus):
-    n = A.shape[1]
-    return _native(kernel, u.device, u.dtype, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
+def _scan_native(kernel, u, delta, A, z, delta_softplus):
+    n, dtype = A.shape[1], u.dtype if u.dtype == torch.float64 else _native_dtype(u, delta, z)
+    return _native(kernel, u.device, dtype, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
 
 
 def _longer(more, *xs, dim=-1):
@@ -894,7 +899,7 @@ def _whole_vectors(more, u, delta, A, B, C, D, z, delta_bias, delta_softplus, in
 
 def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     args = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
-    native = _scan_native(CHUNK_FWD, u, A, z, delta_softplus)
+    native = _scan_native(CHUNK_FWD, u, delta, A, z, delta_softplus)
     if native is None:
         return _scan_fwd_eager(*args, save)
     (b, l, d), n, more = u.shape, A.shape[1], -u.shape[2] % VECTOR
@@ -907,7 +912,7 @@ def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
 
 def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
     args = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
-    native = _scan_native(CHUNK_BWD, u, A, z, delta_softplus)
+    native = _scan_native(CHUNK_BWD, u, delta, A, z, delta_softplus)
     if native is None:
         return _scan_bwd_eager(dy, dlast, *args, saved)
     (b, l, d), n, more = u.shape, A.shape[1], -u.shape[2] % VECTOR
@@ -949,8 +954,9 @@ def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
     return dx, dweight.t(), dbias, dstate
 
 
-def _native_dtype(x):
-    return x.dtype if x.dtype == torch.bfloat16 else torch.float32
+def _native_dtype(*xs):
+    """The type in which native code reads xs: bfloat16 where all have it"""
+    return torch.bfloat16 if all(x is None or x.dtype == torch.bfloat16 for x in xs) else torch.float32
 
 
 def _whole_blocks(x):
