@@ -1,11 +1,11 @@
 """What the recipes learn, against seconds and against tokens: `uv run tests/bench_learning.py [--quick] [NAME ...]`.
 
 Runs `train.py --config recipes/NAME.json` for each recipe and seed, and writes docs/learning.md (the table),
-docs/learning_*.png and docs/learning.json (every run's curve). Runs on record are not repeated, unless the recipe has
-changed since; --again repeats them. Names may be beginnings: `mixer_`. --quick: one seed instead of three. --jobs 2:
-two processes side by side, of one thread each; their seconds compare only with each other. --steps N: the recipes once
-more, with that many steps and one evaluation. --time_of NAME: the same with as many steps each as take the time of
-NAME's, start and evaluations aside, by the speeds on record.
+docs/learning_*.png and docs/learning.json (every run's curve). Runs of this machine on record are not repeated, unless
+the recipe has changed since; --again repeats them. Names may be beginnings: `mixer_`. --quick: one seed instead of
+three. --jobs 2: two processes side by side, of one thread each; their seconds compare only with each other. --steps N:
+the recipes once more, with that many steps and one evaluation. --time_of NAME: the same with as many steps each as take
+the time of NAME's, start and evaluations aside, by this machine's speeds on record.
 
   text      --data DIR (default: dataset) holds tinyshakespeare.txt, and for books_* the six books; the last 10 % of
             each is the validation split
@@ -22,6 +22,7 @@ import json
 import os
 import re
 import statistics
+import string
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ DOCS, RUNS = ROOT / "docs", ROOT / "runs"
 SHAKESPEARE = ["tinyshakespeare.txt"]
 BOOKS = ["david_copperfield.txt", "don_quixote.txt", "great_expectations.txt", "middlemarch.txt", "moby_dick.txt",
          "pride_and_prejudice.txt"]
+MACHINE = f"{cpu()}, {os.cpu_count()} cores"
 TARGET = 1.898  # val_loss_reset of nanoGPT's CPU configuration at block 64
 ORDER = 7
 
@@ -129,7 +131,7 @@ def record(recipe: Path, seed: int, folder_of_text: Path, jobs: int, variant: st
     return {"recipe": name, "variant": variant, "seed": seed, "digest": digest(recipe), "seconds": round(seconds, 1),
             "curve": curve, "train": train[::max(1, len(train) // 40)],
             "params": last["params"], "block_size": json.loads(recipe.read_text())["config"]["block_size"],
-            "date": time.strftime("%Y-%m-%d"), "machine": f"{cpu()}, {os.cpu_count()} cores", "jobs": jobs}
+            "date": time.strftime("%Y-%m-%d"), "machine": MACHINE, "jobs": jobs}
 
 
 def steps_in_the_time_of(other: str, recipe: Path, results: list[dict]) -> int:
@@ -163,18 +165,20 @@ def to_target(run):
     return next((p["seconds"] for p in run["curve"] if p["val_loss_reset"] <= TARGET), None)
 
 
-def table(runs: dict[str, list[dict]], control: dict[str, float]) -> str:
-    rows = [("recipe", "seeds", "parameters", "block", "tokens", "seconds", f"seconds to {TARGET}", "reset", "carried")]
-    for name, group in runs.items():
+def table(runs: dict[tuple[str, str], list[dict]], control: dict[str, float]) -> str:
+    """A row for each (recipe, machine)"""
+    rows = [("recipe", "machine", "seeds", "parameters", "block", "tokens", "seconds", f"seconds to {TARGET}", "reset",
+             "carried")]
+    for (name, machine), group in runs.items():
         ends = [r["curve"][-1] for r in group]
         reached = [s for r in group if r["block_size"] == 64 and (s := to_target(r)) is not None]
         seconds = spread([r["seconds"] for r in group], 0) + (" *" if group[0]["jobs"] > 1 else "")
-        rows.append((f"`{name}`", str(len(group)), f"{group[0]['params']:,}", str(group[0]["block_size"]),
+        rows.append((f"`{name}`", machine, str(len(group)), f"{group[0]['params']:,}", str(group[0]["block_size"]),
                      f"{ends[0]['tokens']:,}", seconds,
                      spread(reached, 0) if len(reached) == len(group) and not name.startswith("books") else "",
                      spread([e["val_loss_reset"] for e in ends]), spread([e["val_loss"] for e in ends])))
     for label, loss in control.items():
-        rows.append((f"Kneser-Ney {ORDER}-gram, {label}", "", "", "", "", "", "", f"{loss:.3f}", ""))
+        rows.append((f"Kneser-Ney {ORDER}-gram, {label}", *[""] * 7, f"{loss:.3f}", ""))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
@@ -211,32 +215,34 @@ def plot(runs: dict[str, list[dict]], control: float, path: Path, key: str):
 
 
 def write(results: list[dict], data: Path):
-    by_name = collections.defaultdict(list)
-    for r in sorted(results, key=lambda r: (r["recipe"], r["variant"], r["seed"])):
-        by_name[f"{r['recipe']} {r['variant']}".strip()].append(r)
+    machines = [machine for machine, _ in collections.Counter(r["machine"] for r in results).most_common()]
+    letters, by_name = dict(zip(machines, string.ascii_uppercase)), collections.defaultdict(list)
+    for r in sorted(results, key=lambda r: (r["recipe"], r["variant"], letters[r["machine"]], r["seed"])):
+        by_name[f"{r['recipe']} {r['variant']}".strip(), letters[r["machine"]]].append(r)
     control = {}
     for label, files in (("tinyshakespeare", SHAKESPEARE), ("books", BOOKS)):
-        if any(name.startswith("books") == (files is BOOKS) for name in by_name):
+        if any(name.startswith("books") == (files is BOOKS) for name, _ in by_name):
             text = np.frombuffer(b"".join((data / f).read_bytes() for f in files), dtype=np.uint8)
             cut = len(text) - len(text) // 10
             for block in (64, 512):
                 control[f"{label}, blocks of {block}"] = kneser_ney(text[:cut], text[cut:], block)
-    figures = collections.defaultdict(dict)
-    for name, runs in by_name.items():
+    figures = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for (name, machine), runs in by_name.items():
         if not runs[0]["variant"]:
             figure = re.match(r"mixer_\d+|[a-z]+", name)[0]
-            figures[figure][name.removeprefix(f"{figure}_")] = runs
-    for figure, members in figures.items():
+            figures[figure][machine][name.removeprefix(f"{figure}_")] = runs
+    for figure, of_machines in figures.items():
+        members = max(of_machines.values(), key=len)  # seconds of one machine
         text, key = ("books", "val_loss") if figure == "books" else ("tinyshakespeare", "val_loss_reset")
         block = 512 if figure in ("books", "mixer_512") else 64
         plot(members, control[f"{text}, blocks of {block}"], DOCS / f"learning_{figure}.png", key)
-    machines = sorted({r["machine"] for r in results})
     dates = sorted({r["date"] for r in results})
     (DOCS / "learning.md").write_text(
         "# What the recipes learn\n\n"
-        f"`uv run tests/bench_learning.py`, {' and '.join(machines)}, {dates[0]}"
-        f"{' to ' + dates[-1] if dates[-1] != dates[0] else ''}. Nats a byte over the whole validation split, seconds "
-        "of the whole process (*: one thread, beside another run); mean of the seeds, and their range in brackets.\n\n"
+        f"`uv run tests/bench_learning.py`, {dates[0]}{' to ' + dates[-1] if dates[-1] != dates[0] else ''}, machines "
+        f"{'; '.join(f'{letter}: {machine}' for machine, letter in letters.items())}. Nats a byte over the whole "
+        "validation split, seconds of the whole process (*: one thread, beside another run); mean of the seeds, and "
+        "their range in brackets.\n\n"
         f"{table(by_name, control)}\n\n"
         + "".join(f"![{p.stem}]({p.name})\n" for p in sorted(DOCS.glob("learning_*.png"))), encoding="utf-8")
 
@@ -260,6 +266,8 @@ def main():
     wanted = recipes(args.names)
     current = {p.stem: digest(p) for p in recipes([])}
     results = [r for r in results if current.get(r["recipe"]) == r["digest"]]
+    elsewhere = [r for r in results if r["machine"] != MACHINE]
+    results = [r for r in results if r["machine"] == MACHINE]
     runs = [(recipe, seed) for seed in range(1, 2 if args.quick else 4) for recipe in wanted]
     steps, variant = {recipe: args.steps for recipe in wanted}, f"in {args.steps} steps" if args.steps else ""
     if args.time_of:
@@ -275,8 +283,8 @@ def main():
                 for recipe, seed in runs if (recipe.stem, seed, variant) not in on_record]
         for run in as_completed(todo):
             results.append(run.result())
-            store.write_text("[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n")
-    write(results, args.data)
+            store.write_text("[\n" + ",\n".join(json.dumps(r) for r in elsewhere + results) + "\n]\n")
+    write(elsewhere + results, args.data)
     print((DOCS / "learning.md").read_text())
 
 

@@ -6,9 +6,10 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+import bench_learning
 import numpy as np
 import pytest
-from bench_learning import kneser_ney, steps_in_the_time_of
+from bench_learning import kneser_ney, steps_in_the_time_of, write
 
 ORDER, BLOCK = 4, 16
 
@@ -60,3 +61,20 @@ def test_steps_in_the_time_of_another(tmp_path):
     assert steps_in_the_time_of("fast", recipe, results) == round(200 * 0.2 / 0.15)
     with pytest.raises(SystemExit, match="no run of none is on record"):
         steps_in_the_time_of("none", recipe, results)
+
+
+def test_runs_of_two_machines_have_rows_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_learning, "DOCS", tmp_path)
+    (tmp_path / "tinyshakespeare.txt").write_bytes(Path(textwrap.__file__).read_bytes())
+
+    def run(machine, seed, seconds, loss):
+        return {"recipe": "shakespeare_fast", "variant": "", "seed": seed, "machine": machine, "date": "2026-11-27",
+                "jobs": 1, "params": 9, "block_size": 64, "seconds": seconds, "train": [(100, 1.0, 2.5), (200, 2.0, 2)],
+                "curve": [{"tokens": 200, "seconds": seconds - 1, "val_loss": loss, "val_loss_reset": loss}]}
+
+    write([run("small", 1, 9.0, 1.9), run("large", 1, 3.0, 1.7), run("large", 2, 5.0, 1.6)], tmp_path)
+    text = (tmp_path / "learning.md").read_text()
+    assert "machines A: large; B: small." in text and (tmp_path / "learning_shakespeare.png").stat().st_size > 1000
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "fast" in line]
+    assert [row[1:3] + row[6:9] for row in rows] == [
+        ["A", "2", "4 (3 to 5)", "3 (2 to 4)", "1.650 (1.600 to 1.700)"], ["B", "1", "9", "", "1.900"]]
