@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import kernels
@@ -246,8 +246,11 @@ def scan_bwd_code(dtype):
 @given(b=st.integers(1, 3), l=st.sampled_from([1, 7, 8, 9, 16, 24, 37]), d=st.sampled_from([1, 5, 8, 13, 48]), at=AT,
        dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99),
        absent=st.sets(st.sampled_from(["D", "delta_bias", "initial_state", "bias"])))
+@example(b=1, l=24, d=64, at=[(0, 9)], dtype=torch.float32, seed=1, absent=set())  # one row: threads share its channels
+@example(b=1, l=24, d=64, at=[(0, 9)], dtype=torch.bfloat16, seed=1, absent=set())
 def test_native_code_equals_oracle(native, b, l, d, at, dtype, seed, absent):
     """One compilation for any batch, length and width; chunks that are short or hold a boundary run as plain torch."""
+    assert kernels._groups(1, 64) == 2
     tolerance = 2e-6 if dtype == torch.float32 else 6e-3
     x = scan_inputs(b, l, d, 16, absent, dtype, seed)
     x["z"] = torch.cat((x["u"], x["z"]), -1).detach()[..., d:].requires_grad_()  # a half, as in_proj gives it
