@@ -140,7 +140,7 @@ def steps_in_the_time_of(other: str, recipe: Path, results: list[dict]) -> int:
     def measured(name):
         runs = [r for r in results if r["recipe"] == name and not r["variant"]]
         if not runs:
-            sys.exit(f"error: --time_of {other}: no run of {name} is on record")
+            sys.exit(f"error: --time_of {other}: no run of {name} on this machine is on record")
         lines = [[t for t in r["train"] if t[0] <= r["curve"][0]["tokens"]] for r in runs]
         pace = statistics.median((x[-1][1] - x[0][1]) / (x[-1][0] - x[0][0]) for x in lines)  # seconds a token
         return runs[0]["curve"][-1]["tokens"], pace

@@ -59,7 +59,7 @@ def test_steps_in_the_time_of_another(tmp_path):
     results = [run("fast", 0.2, 1000, 200, 3, 1), run("slow", 0.15, 500, 400, 9, 1), run("slow", 0.15, 500, 400, 5, 2)]
     results.append(run("slow", 9.0, 500, 400, 5, 1) | {"variant": "in the time of fast"})
     assert steps_in_the_time_of("fast", recipe, results) == round(200 * 0.2 / 0.15)
-    with pytest.raises(SystemExit, match="no run of none is on record"):
+    with pytest.raises(SystemExit, match="no run of none on this machine is on record"):
         steps_in_the_time_of("none", recipe, results)
 
 
