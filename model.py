@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 import random
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -159,6 +160,48 @@ def product_type(weight) -> torch.dtype:
     """The type that matrix products with this weight have here: autocast's, or its own"""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies float32 with vectors twice as wide as MKL does: on AMD's CPUs with AVX-512"""
+    cpu = Path("/proc/cpuinfo")
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu.is_file() and "AuthenticAMD" in cpu.read_text()
+
+
+onednn_is_faster._dynamo_marked_constant = True
+
+
+def by_onednn(x, weight) -> bool:
+    large = x.numel() >= 2048 * x.shape[-1] and weight.numel() >= 8192
+    return large and weight.device.type == "cpu" and product_type(weight) == torch.float32 and onednn_is_faster()
+
+
+def as_image(x):
+    """x (..., C) -> (1, C, 1, N), channels last: where a convolution with one tap is a product with x (N, C)"""
+    return x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def linear(x, weight, bias=None):
+    """x weight^T + bias, x (..., C), weight (D, C). PyTorch gives float32 products to MKL, convolutions to oneDNN."""
+    if not by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return F.conv2d(as_image(x), weight[..., None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def linear_backward(dy, x, weight):
+    """The gradients of x (N, C) and weight (D, C) that dy (N, D) gives, dy being that of linear(x, weight)"""
+    if not by_onednn(x, weight):
+        return dy @ weight, dy.t() @ x
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        as_image(dy), as_image(x), weight[..., None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+        [True, True, False])
+    return dx.permute(0, 2, 3, 1).reshape_as(x), dweight.view_as(weight)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -322,10 +365,10 @@ class MultiHeadAttention(nn.Module):
         self.window = config.window
         self.rope = config.position == "rope"
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
+        self.c_attn = Linear(C, 3 * C, bias=config.bias)
         self.q_norm, self.k_norm = (RMSNorm(C // self.n_head, config.norm_eps) if config.qk_norm else None
                                     for _ in range(2))
-        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.c_proj = Linear(C, C, bias=config.bias)
 
     def initial_state(self, B, device, dtype):
         C, W = self.c_proj.weight.shape[0], self.window
@@ -538,13 +581,13 @@ class MambaBlock(nn.Module):
         self.d_inner = config.expand * C
         self.dt_rank = config.dt_rank or math.ceil(C / 16)
         self.d_state = config.d_state
-        self.in_proj = nn.Linear(C, 2 * self.d_inner, bias=False)
+        self.in_proj = Linear(C, 2 * self.d_inner, bias=False)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, config.d_conv, groups=self.d_inner)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
+        self.dt_proj = Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.arange(1, self.d_state + 1).float().log().repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, C, bias=False)
+        self.out_proj = Linear(self.d_inner, C, bias=False)
 
     def initial_state(self, B, device, dtype):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -557,7 +600,7 @@ class MambaBlock(nn.Module):
         x, conv = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", initial_state=conv,
                                 reset=reset, return_final_state=True)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight)  # (B, T, d_inner); its bias joins inside the scan, in float32
+        dt = linear(dt, self.dt_proj.weight)  # (B, T, d_inner); its bias joins inside the scan, in float32
         y, h = selective_scan(x, dt, -self.A_log.exp(), B, C, self.D, z, self.dt_proj.bias, delta_softplus=True,
                               initial_state=h, reset=reset, return_last_state=True)
         return self.out_proj(y), (conv, h)
@@ -602,9 +645,9 @@ class FractalBlock(nn.Module):
         for group in self.groups:
             widths = torch.tensor([[self.dims[k]] for k in group])
             self.register_buffer(f"true_H_{self.depths[group[0]]}", widths, persistent=False)
-        self.W_in = nn.Linear(C, 2 * sum(self.dims), bias=False)
+        self.W_in = Linear(C, 2 * sum(self.dims), bias=False)
         self.fractals = nn.ModuleList(FractalModule(c, H, self.kernel) for c, H in zip(self.depths, self.dims))
-        self.W_out = nn.Linear(sum(self.dims), C, bias=False)
+        self.W_out = Linear(sum(self.dims), C, bias=False)
 
     def budget(self, depth: int) -> int:
         return min(depth, self.levels or depth)
@@ -657,7 +700,7 @@ class FractalBlock(nn.Module):
 
     def forward(self, x, state, reset):
         W_in, W_out = self.projections()
-        z, gate = F.linear(x, W_in).chunk(2, dim=-1)  # (B, T, sum n H) each
+        z, gate = linear(x, W_in).chunk(2, dim=-1)  # (B, T, sum n H) each
         expected = sum(2 ** (self.budget(self.depths[group[0]]) - 1) for group in self.groups)
         if state is not None and len(state) != expected:
             raise ValueError(f"fractal_levels: the state has {len(state)} entries a layer, this model's setting needs "
@@ -673,7 +716,7 @@ class FractalBlock(nn.Module):
         else:
             y = torch.cat([f.norm(output).flatten(2) for f, output in zip(fractals, outputs)], dim=-1)
             y = y * F.silu(gate.to(y.dtype))
-        return F.linear(y, W_out), tuple(itertools.chain(*(f.states for f in fractals)))
+        return linear(y, W_out), tuple(itertools.chain(*(f.states for f in fractals)))
 
 
 def units_together(levels: int) -> list[int]:
@@ -859,25 +902,25 @@ class FeedForwardCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, code, x, w, v):
-        square = x @ w.t()
+        square = linear(x, w)
         if code is None:
             square.relu_().square_()
         else:
             code.fwd([blocks(square), blocks(square)])
         ctx.code = code
         ctx.save_for_backward(x, w, v, square)
-        return square @ v.t()
+        return linear(square, v)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, w, v, square = ctx.saved_tensors
-        dh = dy @ v
+        dh, dv = linear_backward(dy, square, v)
         if ctx.code is None:
             dh.mul_(square.sqrt().mul_(2))
         else:
             ctx.code.bwd([blocks(dh), blocks(square), blocks(dh)])
-        return None, dh @ w, dh.t() @ x, dy.t() @ square
+        return None, *linear_backward(dh, x, w), dv
 
 
 class FeedForward(nn.Module):
@@ -886,8 +929,8 @@ class FeedForward(nn.Module):
         C = config.n_embd[layer]
         hidden = int(config.ffn_mult[layer] * C)
         self.activation = config.activation
-        self.c_fc = nn.Linear(C, hidden, bias=config.bias)
-        self.c_proj = nn.Linear(hidden, C, bias=config.bias)
+        self.c_fc = Linear(C, hidden, bias=config.bias)
+        self.c_proj = Linear(hidden, C, bias=config.bias)
 
     def forward(self, x):
         w, v, dtype = self.c_fc.weight, self.c_proj.weight, product_type(self.c_fc.weight)
@@ -912,7 +955,7 @@ class Block(nn.Module):
         C, before = config.n_embd[layer], config.n_embd[max(layer - 1, 0)]
         self.kind = config.attention_type[layer]
         mixer = {"standard": MultiHeadAttention, "mamba": MambaBlock, "fractal": FractalBlock}[self.kind]
-        self.resize = nn.Linear(before, C, bias=False) if before != C else None
+        self.resize = Linear(before, C, bias=False) if before != C else None
         self.ln_1 = make_norm(config, C)
         self.mixer = mixer(config, layer)
         self.ffn = FeedForward(config, layer) if config.ffn_mult[layer] else None
@@ -992,10 +1035,10 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         mirrors = range((config.n_layer + 1) // 2, config.n_layer) if config.skip_connections else ()
         self.skip = nn.ModuleDict({
-            str(j): nn.Linear(C, C, bias=False) for j in mirrors
+            str(j): Linear(C, C, bias=False) for j in mirrors
             if (C := config.n_embd[j]) == config.n_embd[config.n_layer - 1 - j]})
         self.ln_f = make_norm(config, config.n_embd[-1])
-        self.lm_head = nn.Linear(config.n_embd[-1], config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd[-1], config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
         narrowest = min(config.n_embd)
@@ -1261,7 +1304,7 @@ def cross_entropy(x, weight, targets):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     count = (targets >= 0).sum().clamp(min=1)
     if x.shape[0] * weight.shape[0] <= LOGITS_AT_ONCE:
-        logits = F.linear(x, weight)
+        logits = linear(x, weight)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
     return LinearCrossEntropy.apply(x, weight, targets, max(1, LOGITS_AT_ONCE // weight.shape[0])) / count

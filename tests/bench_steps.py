@@ -42,6 +42,7 @@ from train import compile_layers, keep_freed_memory, quiet_compiler
 
 V = 256
 MAMBA = {"C": 256, "layers": 4}
+PRODUCTS = [getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "convolution", "convolution_backward")]
 EXAMPLE = [256, 256, 192, 128, 128, 192, 256, 256]  # an hourglass of two Mamba and six attention layers
 
 
@@ -147,17 +148,20 @@ class Products(TorchDispatchMode):
         self.calls, self.operands = [], {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
-            keys = [(i, x.shape, x.stride(), x.dtype) for i, x in enumerate(args)]
-            for key, x in zip(keys, args):
-                if key not in self.operands:
-                    self.operands[key] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_()
-            self.calls.append((op, *(self.operands[key] for key in keys)))
+        if op in PRODUCTS:
+            self.calls.append((op, [self.operand(i, x) if isinstance(x, torch.Tensor) else x
+                                    for i, x in enumerate(args)]))
         return op(*args, **(kwargs or {}))
 
+    def operand(self, i, x):
+        key = i, x.shape, x.stride(), x.dtype
+        if key not in self.operands:
+            self.operands[key] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_()
+        return self.operands[key]
+
     def __call__(self):
-        for op, a, b in self.calls:
-            op(a, b)
+        for op, args in self.calls:
+            op(*args)
 
 
 def products(call):

@@ -440,6 +440,27 @@ def test_layer_table_counts_every_parameter_once():
     assert sum(numbers[:-1]) == numbers[-1] == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_by_onednn_are_those_of_float64(monkeypatch, bias):
+    """Errors are at most twice those of PyTorch's own products; both on any CPU, whichever is faster."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=128, block_size=256, n_embd=[64, 64, 64, 128], bias=bias, fractal_level_drop=0,
+                          fractal_drop=0, attention_type=["standard", "mamba", "fractal", "standard"]))
+    idx, conv2d, convolutions = torch.randint(128, (8, 257)), torch.nn.functional.conv2d, []
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *args: convolutions.append(args) or conv2d(*args))
+
+    def run(model, by_onednn):
+        monkeypatch.setattr("model.onednn_is_faster", lambda: by_onednn)
+        _, loss, _ = model(idx[:, :-1], idx[:, 1:])
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]
+
+    with warnings.catch_warnings(action="ignore"):
+        plain, ours, true = run(model, False), run(model, True), run(copy.deepcopy(model).double(), True)
+    assert len(convolutions) == 17  # of run(model, True), of large weights
+    for a, b, c in zip(plain, ours, true):
+        assert (b - c).norm() <= 2 * (a - c).norm() + 1e-6 * c.norm()
+
+
 def test_chunked_cross_entropy_equals_the_plain_one():
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(37, 9, generator=gen, dtype=torch.double, requires_grad=True)
