@@ -64,7 +64,10 @@ def test_steps_in_the_time_of_another(tmp_path):
 
 
 def test_runs_of_two_machines_have_rows_of_their_own(tmp_path, monkeypatch):
+    drawn, plot = [], bench_learning.plot
     monkeypatch.setattr(bench_learning, "DOCS", tmp_path)
+    monkeypatch.setattr(bench_learning, "MACHINE", "small")
+    monkeypatch.setattr(bench_learning, "plot", lambda *args: drawn.append(args[0]) or plot(*args))
     (tmp_path / "tinyshakespeare.txt").write_bytes(Path(textwrap.__file__).read_bytes())
 
     def run(machine, seed, seconds, loss):
@@ -78,3 +81,4 @@ def test_runs_of_two_machines_have_rows_of_their_own(tmp_path, monkeypatch):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "fast" in line]
     assert [row[1:3] + row[6:9] for row in rows] == [
         ["A", "2", "4 (3 to 5)", "3 (2 to 4)", "1.650 (1.600 to 1.700)"], ["B", "1", "9", "", "1.900"]]
+    assert [r["machine"] for r in drawn[0]["fast"]] == ["small"]  # as many recipes as the other, and this machine
