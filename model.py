@@ -173,7 +173,7 @@ onednn_is_faster._dynamo_marked_constant = True
 
 
 def by_onednn(x, weight) -> bool:
-    large = x.numel() >= 2048 * x.shape[-1] and weight.numel() >= 8192  # the call costs more than others
+    large = x.numel() >= 2048 * x.shape[-1] and weight.numel() >= 8192  # others take longer this way
     return large and weight.device.type == "cpu" and product_type(weight) == torch.float32 and onednn_is_faster()
 
 
