@@ -133,14 +133,14 @@ def _load_bpe(name):
     except (OSError, ValueError) as e:  # those of requests are OSErrors; a wrong hash is a ValueError
         raise DataError(
             f"cannot load the vocabulary of tokenizer {name!r} ({type(e).__name__}): connect to the network once, "
-            "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer byte"
+            "set TIKTOKEN_CACHE_DIR to a folder that holds it, or train with --tokenizer byte"
         ) from e
 
 
 def _not_utf8(what, offset, name):
     return DataError(
         f"{what}: byte {offset} is not valid UTF-8, which tokenizer {name!r} reads: "
-        "convert the text to UTF-8 or use --tokenizer byte"
+        "convert the text to UTF-8, or train with --tokenizer byte"
     )
 
 
@@ -629,6 +629,7 @@ def main():
     parser.add_argument("--dataset", type=Path, default=Path("dataset"), metavar="DIR", help="the folder (dataset)")
     parser.add_argument("--tokenizer", default="byte", metavar="NAME", help='"byte" (default), "gpt2", ...')
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         if args.corpus:
             download(args.corpus, args.dataset)
@@ -637,6 +638,8 @@ def main():
         corpus = load_corpus(args.dataset, tokenizer)
     except DataError as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     seconds = time.perf_counter() - start
     if corpus.is_default:
         print(f"{args.dataset} has no files: this is the default corpus, the Python library's sources and reference")

@@ -20,6 +20,7 @@ import itertools
 import math
 import os
 import secrets
+import signal
 import sys
 import time
 import zipfile
@@ -37,6 +38,9 @@ from model import GPT, GPTConfig, RMSNorm, eager_cpu, map_state, product_type, r
 from prepare import DataError, Tokenizer, publish, temporary_file, text_chunks
 
 CHECKPOINT_FORMAT = 1
+NOT_FINITE = "what the model computes is not finite; use an earlier checkpoint"
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_samples", "stop",
+            "seed")  # flags that --score and --encode have no use for
 COMPILE_FROM = 2**20  # bytes of a file: to compile the scan for a CPU takes longer than to read less as it is
 
 
@@ -53,7 +57,8 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
-        newest = sorted(folder.glob("*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)[:3]
+        newest = [p for p in folder.glob("*.pt") if p.is_file()]
+        newest = sorted(newest, key=lambda p: p.stat().st_mtime, reverse=True)[:3]
         there = f"there are {', '.join(map(str, newest))} (newest first)" if newest else \
             f"{folder}/ holds no checkpoint; train a model first: uv run train.py"
         raise SampleError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; {there}")
@@ -62,6 +67,8 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as e:
+        raise SampleError(f"cannot read {path}: {e.strerror}") from None
     except Exception as e:  # what is damaged fails anywhere between zip, pickle and tensors
         raise SampleError(f"{path} is damaged or no checkpoint ({type(e).__name__}); name another, or train a model: "
                           "uv run train.py") from None
@@ -79,7 +86,7 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
     try:
         model = GPT(GPTConfig(**checkpoint["model_args"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise SampleError(f"{path} does not fit this model.py: {' '.join(str(e).split())[:300]}") from None
     return model.to(device).eval(), checkpoint
 
@@ -300,7 +307,7 @@ def decoder(model: GPT, state: dict):
 
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
     """logits (B, V) -> (B, 1), a draw a row from softmax(logits / temperature) cut by top_k, then top_p, then min_p."""
-    if temperature == 0:
+    if temperature < 1e-6:  # by it even the smallest difference would be an infinite one
         return logits.argmax(-1, keepdim=True)
     V, index = logits.shape[-1], None
     top_k, top_p = min(top_k or V, V), top_p or 1.0
@@ -359,7 +366,7 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
         logits, state = prefill(model, recent if learned else idx)
         seen = torch.zeros_like(logits[:, -1], dtype=torch.bool).scatter_(1, idx, True)  # (B, V)
         if not logits.isfinite().all():
-            raise SampleError("the model's logits are not finite; use an earlier checkpoint")
+            raise SampleError(NOT_FINITE)
         logits, state, recent, seen = map_state(
             lambda t: t.repeat_interleave(num_samples, 0), (logits, state, recent, seen))
         in_shares = any(hasattr(p, "full_tensor") for p in model.parameters())  # FSDP: whole within forward only
@@ -446,6 +453,8 @@ def score(model: GPT, tokenizer: Tokenizer, path: Path) -> tuple[float, int, int
             new_bytes = int(tokenizer.token_bytes[ids[1:]].sum())
             n_bytes += new_bytes
             bar.update(new_bytes)
+    if not math.isfinite(nats):
+        raise SampleError(NOT_FINITE)
     return nats, n_tokens, n_bytes
 
 
@@ -466,6 +475,8 @@ def encode(model: GPT, tokenizer: Tokenizer, path: Path, output: Path) -> tuple[
             features, state = model.encode(torch.from_numpy(ids.astype(np.int64)).to(device)[None], state=state)
             state = model.next_block(state)
             rows = features[0, 1 if i == 0 else 0:].float().cpu().numpy()  # without <|endoftext|>, no token of the file
+            if not np.isfinite(rows).all():
+                raise SampleError(NOT_FINITE)
             f.write(rows.astype("<f4").tobytes())
             T += len(rows)
             bar.update(int(tokenizer.token_bytes[ids].sum()))
@@ -513,8 +524,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         help="draw from the fewest tokens that hold this probability")
     add("--min_p", type=number(float, "from 0 to 1", lambda p: 0 <= p <= 1), metavar="P",
         help="draw from tokens at least P times as likely as the likeliest")
-    add("--repetition_penalty", type=number(float, "above 0", lambda r: 0 < r < math.inf), default=1.0, metavar="R",
-        help="above 1: tokens seen before become less likely (default: %(default)s, off)")
+    add("--repetition_penalty", type=number(float, "from 0.01 to 100", lambda r: 0.01 <= r <= 100), default=1.0,
+        metavar="R", help="above 1: tokens seen before become less likely (default: %(default)s, off)")
     add("--num_samples", type=count, default=1, metavar="N", help="samples, made side by side (default: %(default)s)")
     add("--stop", metavar="TEXT", help="end a sample before this text")
     add("--seed", type=number(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63), metavar="N",
@@ -529,8 +540,15 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         parser.error(f"unknown argument {unknown[0]}" + (f"; the nearest is {near[0]}" if near else "; see --help"))
     if (args.encode is None) != (args.output is None):
         parser.error("--encode FILE and --output F.npy go together")
-    if args.output is not None and not args.output.parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+    if args.output is not None:
+        read = [path for path in (args.encode, args.model_path) if path.exists()]
+        if not args.output.parent.is_dir():
+            parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+        if args.output.exists() and (not args.output.is_file() or any(args.output.samefile(path) for path in read)):
+            parser.error(f"--output {args.output}: a file that is read here, or no file; give another name")
+    given = [key for key in SAMPLING if getattr(args, key) != parser.get_default(key)]
+    if given and (args.score is not None or args.encode is not None):
+        parser.error(f"--{given[0]} is for text that is written; leave it out with --score and --encode")
     if args.stop == "":
         parser.error("--stop: an empty text; leave it out to go on to --max_new_tokens")
     if args.seed is None:
@@ -557,24 +575,26 @@ def write_samples(model: GPT, tokenizer: Tokenizer, args):
     streams = [TextStream(tokenizer, args.stop) for _ in range(args.num_samples)]
     texts = [[] for _ in streams]
     n_tokens, start, first = 0, time.perf_counter(), None
-    for tokens in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
-                           args.repetition_penalty, generator, args.num_samples, tokenizer.n_vocab):
-        for stream, text, token in zip(streams, texts, tokens.tolist()):
-            if not stream.done:
-                text.append(stream.push(token))
-                n_tokens += 1
-        first = first or time.perf_counter()
-        if args.num_samples == 1:
-            print(texts[0].pop(), end="", flush=True)
-        if all(stream.done for stream in streams):
-            break
-    seconds = time.perf_counter() - first
-    for i, (stream, text) in enumerate(zip(streams, texts)):
-        if args.num_samples > 1:
-            print(f"--- sample {i + 1} of {args.num_samples}")
-        print("".join(text) + stream.held, flush=True)
+    try:
+        for tokens in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
+                               args.repetition_penalty, generator, args.num_samples, tokenizer.n_vocab):
+            for stream, text, token in zip(streams, texts, tokens.tolist()):
+                if not stream.done:
+                    text.append(stream.push(token))
+                    n_tokens += 1
+            first = first or time.perf_counter()
+            if args.num_samples == 1:
+                print(texts[0].pop(), end="", flush=True)
+            if all(stream.done for stream in streams):
+                break
+        seconds = time.perf_counter() - first
+    finally:  # after Ctrl-C as well
+        for i, (stream, text) in enumerate(zip(streams, texts if n_tokens else [])):
+            if args.num_samples > 1:
+                print(f"--- sample {i + 1} of {args.num_samples}")
+            print("".join(text) + stream.held, flush=True)
     speed = f" at {(n_tokens - args.num_samples) / seconds:,.0f} tokens/s" if n_tokens > args.num_samples else ""
-    print(f"seed {args.seed}; {idx.shape[1]:,} prompt tokens in {first - start:.2f} s; {n_tokens:,} new ones{speed}",
+    print(f"{idx.shape[1]:,} prompt tokens in {first - start:.2f} s; {n_tokens:,} new ones{speed}",
           file=sys.stderr)
 
 
@@ -592,7 +612,8 @@ def run(args):
     file = args.score or args.encode
     kernels.COMPILE = file is not None and file.is_file() and file.stat().st_size >= COMPILE_FROM
     print(f"{args.model_path}: step {checkpoint['step']:,}, val_loss {checkpoint['best_val_loss']:.4f}, "
-          f"{model.num_params():,} parameters, {tokenizer.name} tokens; {args.device}, {args.dtype}", file=sys.stderr)
+          f"{model.num_params():,} parameters, {tokenizer.name} tokens; {args.device}, {args.dtype}"
+          + (f"; seed {args.seed}" if file is None else ""), file=sys.stderr)
     start = time.perf_counter()
     with torch.autocast(args.device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
         if args.score is not None:
@@ -612,6 +633,7 @@ def run(args):
 def main(argv: list[str] | None = None):
     parser, args = parse_args(argv)
     sys.stdout.reconfigure(encoding="utf-8")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no temporary file is left
     try:
         run(args)
     except (BrokenPipeError, KeyboardInterrupt) as end:  # what Python still holds for the reader goes nowhere

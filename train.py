@@ -662,6 +662,9 @@ class Run:
         self.tokenizer = Tokenizer(config.tokenizer)
         self.corpus = corpus = load_corpus(self.settings.dataset, self.tokenizer, progress=self.rank == 0)
         train_tokens, self.val_tokens = corpus.split(config.val_fraction)
+        if not (self.val_tokens[1:] != self.tokenizer.eot).any():
+            raise DataError(f"the validation split has {len(self.val_tokens)} tokens and nothing to predict: raise "
+                            "val_fraction or put more text into the data set")
         self.loader = DataLoader(train_tokens, config.batch_size, config.block_size, self.tokenizer.eot,
                                  config.sequential, self.settings.seed, self.rank, self.world_size)
         self.token_bytes = torch.as_tensor(self.tokenizer.token_bytes, device=self.device)
@@ -1031,6 +1034,7 @@ def keep_freed_memory():
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     settings = load_config()
     keep_freed_memory()
     rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in

@@ -806,6 +806,14 @@ def test_main_errors_are_one_line(tmp_path, monkeypatch):
     )
 
 
+def test_main_takes_any_name_of_a_file(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_bytes(b"text")
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as where the locale is en_US.UTF-8
+    command = [sys.executable, "prepare.py", "--dataset", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    assert "caf\\udce9.txt" in done.stdout
+
+
 def test_tokenizing_does_not_wait_for_torch():
     code = "import sys, prepare; prepare.Tokenizer('byte'); assert not {'torch', 'tiktoken'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -200,7 +200,8 @@ def test_filters_at_their_edges(logits, seed):
     best, free = rows.argmax(-1, keepdim=True), draw()
     for off in ({"top_k": 10}, {"top_k": 99}, {"top_p": 1.0}, {"min_p": 0.0}):
         assert torch.equal(draw(**off), free)
-    for strict in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-5}):
+    for strict in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-5},
+                   {"temperature": 1e-308}):
         assert torch.equal(draw(**strict), best)
 
 
@@ -412,6 +413,16 @@ def test_encode_that_fails_leaves_the_old_file(capsys, hybrid, tmp_path, monkeyp
     assert sorted(os.listdir(tmp_path)) == ["f", "f.npy"]
 
 
+def test_encode_writes_over_nothing_it_reads(capsys, hybrid, tmp_path):
+    (tmp_path / "f").write_bytes(b"text")
+    (tmp_path / "link").symlink_to(tmp_path / "f")
+    before = Path(hybrid).read_bytes()
+    job = ("--model_path", hybrid, "--encode", tmp_path / "f")
+    for output in (tmp_path / "f", tmp_path / "link", hybrid, tmp_path):
+        assert "another name" in error_of(capsys, *job, "--output", output)
+    assert (tmp_path / "f").read_bytes() == b"text" and Path(hybrid).read_bytes() == before
+
+
 def test_fractal_levels(capsys, hybrid, speller, tmp_path):
     data = np.random.default_rng(0).bytes(600)
     (tmp_path / "f").write_bytes(data)
@@ -437,11 +448,11 @@ def test_dtype(capsys, hybrid, tmp_path):
 @pytest.mark.parametrize("flags, said", [
     ("--temperature -1", "0 or more"), ("--temperature nan", "0 or more"), ("--top_k 0", "at least 1"),
     ("--top_p 0", "at most 1"), ("--top_p 1.01", "at most 1"), ("--min_p 2", "from 0 to 1"), ("--seed -1", "from 0 to"),
-    ("--repetition_penalty 0", "above 0"), ("--max_new_tokens 1.5", "whole number"), ("--num_samples x", "whole"),
+    ("--repetition_penalty 0", "0.01 to 100"), ("--max_new_tokens 1.5", "whole number"), ("--num_samples x", "whole"),
     ("--fractal_levels 0", "at least 1"), ("--topk 3", "--top_k"), ("--dtype int8", "bfloat16"), ("extra", "extra"),
     ("--prompt a --score b", "not allowed with"), ("--stop=", "--stop"), ("--encode a", "--output"),
     ("--output a.npy", "--encode"), ("--encode a --output no/such/a.npy", "no folder no/such"),
-    ("--device gpu", "--device cpu")])
+    ("--score a --top_k 3", "--top_k"), ("--encode a --output b --seed 1", "--seed"), ("--device gpu", "--device cpu")])
 def test_wrong_flags(capsys, flags, said):
     assert said in error_of(capsys, *flags.split())
 
@@ -491,8 +502,12 @@ def test_bad_checkpoints(hybrid, tmp_path):
 
 def test_unusable_models_and_files(capsys, hybrid, tmp_path):
     model = make_model("mamba", torch.float32)
-    model.ln_f.weight.data[0] = math.nan
-    assert "not finite" in error_of(capsys, "--model_path", save(model, tmp_path / "m.pt"))
+    model.wte.weight.data[:, 0] = math.nan
+    broken, output = save(model, tmp_path / "m.pt"), tmp_path / "f.npy"
+    (tmp_path / "f").write_bytes(b"text")
+    for job in ((), ("--score", tmp_path / "f"), ("--encode", tmp_path / "f", "--output", output)):
+        assert "not finite" in error_of(capsys, "--model_path", broken, *job)
+    assert not output.exists()
     (tmp_path / "empty").touch()
     assert "empty" in error_of(capsys, "--model_path", hybrid, "--score", tmp_path / "empty")
     for flag in ("--score", "--input_file"):
@@ -500,22 +515,30 @@ def test_unusable_models_and_files(capsys, hybrid, tmp_path):
         assert str(tmp_path) in error_of(capsys, "--model_path", hybrid, flag, tmp_path)
 
 
-@pytest.mark.parametrize("how", ["closed pipe", "Ctrl-C"])
+@pytest.mark.parametrize("how", ["closed pipe", "Ctrl-C", "Ctrl-C, two samples"])
 def test_the_reader_may_leave(tmp_path, how):
     endless = save(spelling_model("abé☃".encode(), after_last=ord("a")), tmp_path / "m.pt")
     command = [sys.executable, ROOT / "sample.py", "--model_path", endless, "--max_new_tokens", str(10**9)]
+    command += ["--num_samples", "2"] * ("two" in how)
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     process = subprocess.Popen(  # a shell that runs the tests in the background leaves them Ctrl-C ignored
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         text = "abé☃" * 10  # UTF-8, whatever the locale
-        assert process.stdout.read(len(text.encode())) == text.encode()
+        if "two" in how:
+            assert b"seed" in process.stderr.readline()
+            time.sleep(2)  # nothing is shown before the end
+        else:
+            assert process.stdout.read(len(text.encode())) == text.encode()
         if how == "closed pipe":
             process.stdout.close()
         else:
             process.send_signal(signal.SIGINT)
         assert process.wait(60) == (0 if how == "closed pipe" else 130)
-        assert len(process.stderr.read().splitlines()) == 1  # the model
+        assert len(process.stderr.read().splitlines()) == (0 if "two" in how else 1)  # the model
+        if "two" in how:
+            shown = process.stdout.read().decode()
+            assert all(f"--- sample {i} of 2\n{text}" in shown for i in (1, 2))
     finally:
         process.kill()

@@ -389,6 +389,15 @@ def test_resume_passes_over_a_damaged_checkpoint(folder, capsys):
     assert train.load_checkpoint(newest)["step"] == 4
 
 
+def test_a_validation_split_that_predicts_nothing_is_an_error(folder):
+    """Its loss would be 0, and the first evaluation's model the best for ever."""
+    with pytest.raises(train.DataError, match=r"split has 1 tokens and nothing to predict: raise val_fraction"):
+        run("--max_iters", 4, "--val_fraction", 1e-9)
+    (folder / "dataset/zzz.txt").touch()
+    with pytest.raises(train.DataError, match="split has 2 tokens"):
+        run("--max_iters", 4, "--val_fraction", 5e-5)
+
+
 def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
     settings = train.load_config([*TINY, "--max_iters", "30", "--max_bad_steps", "3"])
     this = train.Run(settings, torch.device("cpu"), 0, 1)
