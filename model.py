@@ -45,7 +45,7 @@ class GPTConfig(BaseModel):
     """The model's keys. A per-layer key holds a list with one entry a layer, or one value for all layers;
     validation expands each to a list, draws the fractal modules and fills in what is null."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     vocab_size: PositiveInt | None = Field(None, description="rows of the embedding table; null: the tokenizer's")
     block_size: PositiveInt = Field(128, description="tokens of one training block")
@@ -616,7 +616,7 @@ class FractalModule(nn.Module):
         super().__init__()
         self.conv = nn.ParameterList(torch.randn(H, kernel) / math.sqrt(kernel) for _ in range(C))
         self.M = nn.ModuleList(nn.Linear(H, H, bias=False) for _ in range(C))
-        self.a = nn.Parameter(torch.zeros(C - 1))
+        self.a = nn.Parameter(torch.zeros(C - 1), requires_grad=C > 1)  # DDP waits for every gradient
 
 
 class FractalBlock(nn.Module):

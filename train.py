@@ -124,7 +124,7 @@ class Settings(BaseModel):
     compile: bool | Literal["layers"] = Field(
         True, description='on GPUs compile the model, on CPUs what is between matrix products; "layers": whole layers')
     fsdp: bool = Field(False, description="torchrun: each process keeps its share of weights and optimizer (FSDP2)")
-    seed: NonNegativeInt = Field(1337, description="seed of initialisation, data order and dropout")
+    seed: NonNegativeInt = Field(1337, lt=2**62, description="seed of initialisation, data order and dropout")
     init_from: str = Field("scratch", description="scratch, resume, a checkpoint to start from, or gpt2")
 
 
@@ -275,10 +275,9 @@ def merge(file: dict, flags: dict, where: str) -> tuple[dict, list[str], list[st
             described = ", ".join(f"{key} has {n}" for key, n in counts.items())
             mistakes.append(f"{name}: layers do not agree: {described}; make them equal, or give one value for all")
     merged = dict(file)
-    if "epochs" in flags:
-        merged.pop("max_iters", None)
-    if "max_iters" in flags:
-        merged.pop("epochs", None)
+    for key, other in (("epochs", "max_iters"), ("max_iters", "epochs")):
+        if flags.get(key) is not None:
+            merged.pop(other, None)
     wanted = set(layer_counts(flags).values())
     if len(wanted) == 1 and not mistakes:
         n_layer = wanted.pop()
@@ -298,7 +297,8 @@ def explain(error: ValidationError, flags: dict, where: str) -> list[str]:
     for e in error.errors():
         key = next((part for part in e["loc"] if part in KEYS), None)
         if key is None:  # a rule between keys: its message names them
-            lines += [f"{where}: {line}" for line in e["msg"].removeprefix("Value error, ").split("\n")]
+            for line in e["msg"].removeprefix("Value error, ").split("\n"):
+                lines.append(f"{'flags' if line.partition(':')[0] in flags else where}: {line}")
             continue
         message = e["msg"].replace("Input should be", "must be")
         values.setdefault(key, e["input"])
@@ -312,9 +312,12 @@ def load_config(argv: list[str] | None = None) -> Settings:
     """Read file and flags. Mistakes are printed, one line each, and end the program with exit code 2."""
     path, flags, mistakes = read_flags(sys.argv[1:] if argv is None else argv)
     if path is None and not CONFIG_FILE.exists():
-        write_atomically(CONFIG_FILE, format_json(DEFAULT_FILE))
-        write_atomically(SCHEMA_FILE, json.dumps(Settings.model_json_schema(by_alias=True), indent=2) + "\n")
-        print(f"{CONFIG_FILE} was missing: wrote the default one")
+        try:
+            write_atomically(CONFIG_FILE, format_json(DEFAULT_FILE))
+            write_atomically(SCHEMA_FILE, json.dumps(Settings.model_json_schema(by_alias=True), indent=2) + "\n")
+            print(f"{CONFIG_FILE} was missing: wrote the default one")
+        except OSError as error:
+            mistakes.append(f"{CONFIG_FILE} is missing, and the default one cannot be written here: {error.strerror}")
     where = path or CONFIG_FILE
     file, file_mistakes = read_file(where)
     merged, notes, merge_mistakes = merge(file, flags, str(where))
@@ -322,15 +325,16 @@ def load_config(argv: list[str] | None = None) -> Settings:
     settings = None
     if not merge_mistakes:
         try:
-            settings = Settings(config=Config(**{k: v for k, v in merged.items() if k in Config.model_fields}),
+            settings = Settings(config={k: v for k, v in merged.items() if k in Config.model_fields},
                                 **{k: v for k, v in merged.items() if k in OUTER})
         except ValidationError as error:
             mistakes += explain(error, flags, str(where))
-    if not mistakes and settings.device.startswith("cuda") and not torch.cuda.is_available():
-        mistakes = [f'device: "{settings.device}", but PyTorch sees no CUDA device here; '
-                    'set "device": "auto" in the file or add --device cpu']
-    if not mistakes and settings.device == "mps" and not torch.backends.mps.is_available():
-        mistakes = ['device: "mps", but PyTorch sees no such device here; set "device": "auto" or add --device cpu']
+    if not mistakes:
+        try:
+            choose_device(settings.device)
+        except SampleError:
+            mistakes = [f'device: "{settings.device}", but PyTorch sees no such device here; set "device": "auto" in '
+                        'the file or add --device cpu']
     for line in mistakes:
         print(f"error: {line}", file=sys.stderr)
     if mistakes:
@@ -633,7 +637,9 @@ def resume_command(max_iters: int | None = None) -> str:
             kept.append(word)
         elif not has_value:
             next(words, None)
-    return shlex.join(["uv", "run", "train.py", *kept, *itertools.chain(*changed.items())])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    program = ["torchrun", f"--nproc_per_node={here}", "train.py"] if "WORLD_SIZE" in os.environ else ["train.py"]
+    return shlex.join(["uv", "run", *program, *kept, *itertools.chain(*changed.items())])
 
 
 class Run:
@@ -696,7 +702,7 @@ class Run:
         name = self.settings.init_from
         try:
             model = GPT.from_pretrained(name, block_size=self.config.block_size)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # damaged files fail anywhere between JSON, safetensors and shapes
             raise RunError(f"init_from: {name} is no checkpoint of ours, and as a model of the Hugging Face hub or a "
                            f"folder of that form it cannot be loaded: {str(error).splitlines()[0]}") from None
         if (model.config.position, model.config.vocab_size) != ("learned", 50257):
@@ -712,6 +718,9 @@ class Run:
         if checkpoint is not None:
             ours = {key: self.model_args[key] for key in NOISE}
             theirs = GPTConfig(**checkpoint["model_args"]).model_dump() | ours
+            if theirs["position"] == "learned" and config.block_size > theirs["block_size"]:
+                raise RunError(f"block_size: {config.block_size}, but {settings.init_from} has "
+                               f"{theirs['block_size']} positions")
             changed = [key for key in self.model_args if self.model_args[key] != theirs[key]]
             if changed:
                 self.say(f"note: the model is the checkpoint's; the configuration differs in: {', '.join(changed)}")
@@ -795,12 +804,14 @@ class Run:
             optimizer.load_state_dict(saved)
             for p, state in optimizer.state.items():
                 state.update({key: share_like(p, t) for key, t in state.items() if key != "step"})
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # another type may have had none
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.loader.load_state_dict(checkpoint["loader"])
         self.state = map_state(lambda t: t.to(self.device), checkpoint["state"][self.rank])
-        torch.set_rng_state(checkpoint["rng"][self.rank]["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["rng"][self.rank]["cuda"])
+        rng = checkpoint["rng"][self.rank]
+        torch.set_rng_state(rng["cpu"])
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"])
 
     def snapshot(self) -> dict:
         """The whole run as plain values and tensors; all processes call this together."""
@@ -844,10 +855,16 @@ class Run:
                 file.result()
 
     def write(self, run: dict, name: str):
-        with replacing(self.folder / name) as file:
-            torch.save(run, file)
-        for path in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
-            path.unlink()
+        try:
+            with replacing(self.folder / name) as file:
+                torch.save(run, file)
+        except (OSError, RuntimeError) as error:  # the zip writer's own may hide the system's
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise RunError(f"{self.folder / name} cannot be written: {cause}") from None
+        written = checkpoints(self.folder)
+        if self.folder / name in written:  # damaged ones of later steps may be there, which a resumed run passed over
+            for path in written[: written.index(self.folder / name) + 1][: -self.config.keep_checkpoints]:
+                path.unlink()
 
     def seconds(self) -> float:
         return self.seconds_before + time.time() - START
@@ -857,6 +874,8 @@ class Run:
             return
         from torch.utils.tensorboard import SummaryWriter
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(".*.pt.*.tmp"):  # of a run that was killed while it wrote
+            path.unlink()
         if self.settings.init_from != "resume":
             archive_run(self.folder)
         self.metrics = read_metrics(self.folder / "metrics.jsonl", self.step)
@@ -980,8 +999,9 @@ class Run:
                     self.log(train_loss=mean_loss, learning_rate=lr, grad_norm=grad_norm,
                              tokens_per_second=round(speed))
                     losses, clock = [], time.time()
-                paused, stop = time.time(), self.stop_requested()
-                saves = self.step % config.checkpoint_interval == 0 or last or stop
+                paused, stop = time.time(), self.stop_requested() and not last
+                # not amid bad steps: the weights before them may be the reason
+                saves = (self.step % config.checkpoint_interval == 0 and not bad_steps) or last or stop
                 if (self.step % config.eval_interval == 0 or last) and not stop:
                     with self.as_written():
                         best = self.evaluate()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def test_flags_win_and_fit_the_files_lists(folder):
     assert (config.max_iters, config.epochs, config.bias, config.learning_rate) == (7, None, True, 1e-4)
     config = train.load_config(["--n_layer", "6"]).config
     assert config.n_embd == [64, 32, 16, 64, 64, 32] and config.max_iters is None
+    assert train.load_config(["--max_iters", "null"]).config.epochs == 3  # that other key stays
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -131,6 +133,10 @@ def test_flags_win_and_fit_the_files_lists(folder):
     (["--device", "gpu"], ["--device", "cuda"]),
     (["--config", "nowhere.json"], ["nowhere.json"]),
     (["--compile", "maybe"], ["--compile", "boolean"]),
+    (["--n_head", "5"], ["flags: n_head: 5 heads"]),
+    (["--ffn_mult", "Infinity"], ["--ffn_mult inf", "finite"]),
+    (["--epochs", "1e400"], ["--epochs inf", "finite"]),
+    (["--seed", "99999999999999999999"], ["--seed", "less than"]),
     (["stray"], ["stray"]),
 ])
 def test_mistakes_are_one_line_each(folder, capsys, flags, words):
@@ -145,6 +151,8 @@ def test_mistakes_in_the_file_name_file_key_value_and_nearest_key(folder, capsys
     for words in ("config.n_embed; the nearest is n_embd", "dropout is 1.5", "seed belongs outside",
                   "batch_size belongs inside", "devise; the nearest is device"):
         assert words in text
+    lines = refused(capsys, "--config", file, "--batch_size", 0, "--seed", -1)
+    assert "--batch_size 0" in "".join(lines) and "--seed -1" in "".join(lines)
     file.write_text('{"config": {"n_embd": 64,}}')
     line, = refused(capsys, "--config", file)
     assert "line 1, column" in line
@@ -289,10 +297,22 @@ def test_a_file_that_cannot_be_written_ends_the_run(folder, monkeypatch):
     run("--max_iters", 4, "--eval_interval", 2)
     before = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(train.RunError, match=r"best_model.pt cannot be written: No space"):
         run("--max_iters", 6, "--eval_interval", 2, "--init_from", "resume")
     assert {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")} == before
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_a_full_disk_is_one_line(folder):
+    run("--max_iters", 2)
+    newest = folder / "checkpoints/checkpoint_step_000002.pt"
+    size = newest.stat().st_size // 2
+    process = command("--max_iters", 4, "--init_from", "resume",
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert re.fullmatch(r"error: .*\.pt cannot be written: .*File too large.*", err.splitlines()[-1])
+    assert train.load_checkpoint(newest)["step"] == 2 and not list((folder / "checkpoints").glob(".*"))
 
 
 def test_validation_losses_cover_the_split_once(folder):
@@ -359,11 +379,20 @@ def test_a_run_from_gpt2(folder, capsys, gpt2_cache):
         with pytest.raises(train.RunError, match=words):
             run("--init_from", name, "--max_iters", 1, "--tokenizer", "byte" if name == "hub" else "gpt2")
     (folder / "checkpoints/hints").mkdir()
+    weights = (folder / "hub/model.safetensors").read_bytes()
+    (folder / "hub/model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(train.RunError, match="init_from: hub is no checkpoint of ours"):
+        run(*common)
+    (folder / "hub/model.safetensors").write_bytes(weights)
     for name in ("checkpoints", "checkpoints/hints", "checkpoints/best_modle", "best_modle.pt"):  # paths, not names
         with pytest.raises(train.SampleError, match=r"is a folder|is not there"):
             run("--init_from", name, "--max_iters", 1)
     with pytest.raises(train.RunError, match="block_size: 65, but hub has 64 positions"):
         run(*common, "--block_size", 65)
+    common[1] = "checkpoints/best_model.pt"
+    with pytest.raises(train.RunError, match=r"block_size: 17, but checkpoints/best_model.pt has 16 positions"):
+        run(*common, "--block_size", 17)
+    assert train.load_checkpoint(folder / common[1])["step"] == 1  # not moved away
 
 
 def test_resume_refuses_another_run_and_names_both_values(folder, capsys):
@@ -387,6 +416,18 @@ def test_resume_passes_over_a_damaged_checkpoint(folder, capsys):
     this = run("--max_iters", 4, "--init_from", "resume")
     assert this.step == 4 and "damaged" in capsys.readouterr().out
     assert train.load_checkpoint(newest)["step"] == 4
+    newest.write_bytes(newest.read_bytes()[:2000])
+    left_by_a_kill = folder / "checkpoints/.best_model.pt.99.tmp"
+    left_by_a_kill.touch()
+    run("--max_iters", 3, "--init_from", "resume", "--keep_checkpoints", 1)  # its own, and what it does not know
+    assert [p.name[-4:-3] for p in train.checkpoints(folder / "checkpoints")] == ["3", "4"]
+    assert run("--max_iters", 3, "--init_from", "resume").step == 3 and not left_by_a_kill.exists()
+
+
+def test_resume_in_another_type(folder):
+    run("--max_iters", 2)
+    for step, dtype in ((4, "float16"), (6, "bfloat16"), (8, "float16")):
+        assert run("--max_iters", step, "--init_from", "resume", "--dtype", dtype).step == step
 
 
 def test_a_validation_split_that_predicts_nothing_is_an_error(folder):
@@ -399,7 +440,8 @@ def test_a_validation_split_that_predicts_nothing_is_an_error(folder):
 
 
 def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
-    settings = train.load_config([*TINY, "--max_iters", "30", "--max_bad_steps", "3"])
+    settings = train.load_config([*TINY, "--max_iters", "30", "--max_bad_steps", "3", "--checkpoint_interval", "1",
+                                  "--keep_checkpoints", "9"])
     this = train.Run(settings, torch.device("cpu"), 0, 1)
     forward, calls = this.model.forward, Counter()
 
@@ -424,6 +466,7 @@ def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
     with pytest.raises(train.RunError, match="not finite in 3 steps in a row, up to step 7"):
         this.main()
     assert {s: v for s, v in before.items() if v == (True, True)}.keys() == {2, 5, 6, 7}
+    assert [p.name[-4:-3] for p in train.checkpoints(folder / "checkpoints")] == ["1", "3", "4"]
     assert this.writer.all_writers is None, "closed: its thread would write on, wherever the process is by then"
 
 
@@ -576,6 +619,25 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(folder, number):
     assert train.load_checkpoint(folder / f"checkpoints/checkpoint_step_{step:06d}.pt")["step"] == step
 
 
+def test_a_signal_in_the_last_step_comes_too_late(folder, capsys):
+    settings = train.load_config([*TINY, "--max_iters", "3"])
+    this = train.Run(settings, torch.device("cpu"), 0, 1)
+    step, old = this.train_step, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def signalled():
+        if this.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step()
+
+    this.train_step = signalled
+    try:
+        this.main()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    assert "val_loss" in this.metrics[-1] and "lowest val_loss" in capsys.readouterr().out
+
+
 FSDP = ["--fsdp", "true", "--optimizer", "muon", "--gradient_accumulation_steps", "2"]
 
 
@@ -583,7 +645,8 @@ FSDP = ["--fsdp", "true", "--optimizer", "muon", "--gradient_accumulation_steps"
 def test_two_processes_are_one_larger_batch(folder, flags, capsys):
     """Over gloo with two rows a process they take the same steps as one process with four, and go on from what they
     saved; what FSDP saved, one process could load as well."""
-    common = ["--max_iters", 5, "--fractal_drop", 0, "--fractal_level_drop", 0, "--eval_lanes", 1, *flags]
+    common = ["--max_iters", 5, "--fractal_drop", 0, "--fractal_level_drop", 0, "--eval_lanes", 1,
+              "--fractal_depths", "[[],[1,2],[]]", "--fractal_dims", "[[],[8,16],[]]", *flags]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 str(ROOT / "train.py")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -597,6 +660,7 @@ def test_two_processes_are_one_larger_batch(folder, flags, capsys):
     out = two_processes()
     assert out.count("best_model.pt") == 1  # one process speaks
     assert ("sharded over 2 processes" in out) == bool(flags)
+    assert "train on:  uv run torchrun --nproc_per_node=2 train.py" in out and "--init_from resume" in out
     run(*common, "--batch_size", 4, "--checkpoint_dir", "one")
     assert ("note: fsdp: one process" in capsys.readouterr().out) == bool(flags)
     two, one = (train.load_checkpoint(folder / f"{n}/checkpoint_step_000005.pt") for n in ("two", "one"))
