@@ -191,7 +191,7 @@ def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
                                          h[rows, :, ch], a, x)
             y[rows, t, ch] = _sum_n(C[rows, t], x)  # (2b)
     y = y if D is None else y.addcmul_(D.to(f), u_f)
-    y = y if z is None else F.silu(z.to(f)).mul_(y)
+    y = y if z is None else F.silu(z.to(f)).mul_(y).contiguous()
     return y.to(u.dtype), last.transpose(1, 2).contiguous(), saved
 
 
@@ -229,7 +229,10 @@ def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
             _states(dt_t, v_t, A2[:, ch], B_t, reset_t, h, a, x)
             dC[rows, t] += _sum_d(w_t, x)
             torch.mul(w_t[:, :, None], C[rows, t, :, None], out=g)
-            parts = a.unbind(1), g.unbind(1), (h, *x[:, :-1].unbind(1)), dt_t[:, :, None].unbind(1)
+            before = [h, *x[:, :-1].unbind(1)]
+            if reset_t is not None and reset_t.any():  # 0 * inf would be nan
+                before = [h_t.masked_fill(r[:, None, None], 0) for h_t, r in zip(before, reset_t.unbind(1))]
+            parts = a.unbind(1), g.unbind(1), before, dt_t[:, :, None].unbind(1)
             for a_t, g_t, h_t, step in reversed(list(zip(*parts))):
                 torch.mul(a_t, g_t.add_(ag), out=ag)
                 torch.mul(ag, h_t, out=a_t)  # a is x_t of the formulas now
@@ -303,7 +306,7 @@ def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
         seen = slice(w * dilation, w * dilation + l)
         dy_w = _where(same[w], dy)
         drows[:, seen].addcmul_(dy_w, weight[w])
-        dweight[w] = torch.mul(dy_w, rows[:, seen], out=product).sum((0, 1))
+        dweight[w] = torch.mul(dy_w, _where(same[w], rows[:, seen]), out=product).sum((0, 1))
     dbias = rows.new_zeros(0) if bias is None else dy.sum((0, 1))
     return drows[:, span:].clone(), dweight.t(), dbias, drows[:, :span].clone()
 
@@ -1210,11 +1213,11 @@ if triton is not None:
 
     @triton.jit
     def _rates(A, d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
-        # A log2(e), and never so near zero that an endless step would leave something
+        # A log2(e)
         a = _get_states(A, d, j, DIM, N, K, E)
         x = ()
         for i in tl.static_range(E * K):
-            x += (tl.where(tl.abs(a[i]) < 1e-27, -1e-27, a[i] * 1.4426950408889634),)
+            x += (a[i] * 1.4426950408889634,)
         return x
 
     @triton.jit
@@ -1227,27 +1230,35 @@ if triton is not None:
         return x
 
     @triton.jit
-    def _endless(x, flag, reset):
-        # a step after which nothing is left of the state before it
-        if reset is None:
-            return x
-        else:
-            return tl.where(flag != 0, 1e30, x)
-
-    @triton.jit
     def _of_lane(x, m: tl.constexpr):
         # (R, Q, J), every lane with what lane m has
         return tl.gather(x, tl.full(x.shape, m, tl.int32), AXIS)
 
     @triton.jit
-    def _advance(h, x, v, a, B, m: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
+    def _end(flag, m: tl.constexpr, reset):
+        # what a reset at the position in lane m adds to the exponents of its decays
+        if reset is None:
+            return 0.0
+        else:
+            return _of_lane(tl.where(flag != 0, -1e30, 0.0), m)
+
+    @triton.jit
+    def _decay(x, a, end, reset):
+        if reset is None:
+            return _exp2(x * a)
+        else:
+            return _exp2(x * a + end)
+
+    @triton.jit
+    def _advance(h, x, v, a, B, flag, reset, m: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
         # h_t = exp(dt A) h_(t-1) + dt u B of the position in lane m
         new = ()
+        end = _end(flag, m, reset)
         for e in tl.static_range(E):
             xm = _of_lane(x[e], m)
             vm = _of_lane(v[e], m)
             for n in tl.static_range(K):
-                new += (_exp2(xm * a[e * K + n]) * h[e * K + n] + vm * B[n],)
+                new += (_decay(xm, a[e * K + n], end, reset) * h[e * K + n] + vm * B[n],)
         return new
 
     @triton.jit
@@ -1355,14 +1366,14 @@ if triton is not None:
                 v = ()
                 for e in tl.static_range(E):
                     xe = _step_size(raw[i * E + e] + shift[e], t + i * S, L, SOFTPLUS, EVEN)
-                    x += (_endless(xe, flags[i], reset),)
+                    x += (xe,)
                     v += (xe * us[i * E + e],)
                 parts = ()
                 for m in tl.static_range(S):
                     BCm = BC_next[0]
                     BC_next = BC_next[1:]
                     BC_next += (_numbers(BC + (start + (i * S + m + AHEAD)) * (2 * J * K), 2 * K),)
-                    h = _advance(h, x, v, a, BCm, m, K, E)
+                    h = _advance(h, x, v, a, BCm, flags[i], reset, m, K, E)
                     for e in tl.static_range(E):
                         parts += (_weigh(h[e * K : e * K + K], BCm[K:], K),)
                 total = _total(parts, j, S, E)
@@ -1455,13 +1466,13 @@ if triton is not None:
                     v = ()
                     for e in tl.static_range(E):
                         xe = _step_size(raw[i * E + e] + shift[e], t + i * S, L, SOFTPLUS, EVEN)
-                        x += (_endless(xe, flags[i], reset),)
+                        x += (xe,)
                         v += (xe * us[i * E + e],)
                     for m in tl.static_range(S):
                         Bm = B_next[0]
                         B_next = B_next[1:]
                         B_next += (_numbers(BC + (start + (i * S + m + AHEAD)) * W, K),)
-                        h = _advance(h, x, v, a, Bm, m, K, E)
+                        h = _advance(h, x, v, a, Bm, flags[i], reset, m, K, E)
             tl.debug_barrier()  # `kept` is written
             t = final + j % S
             u_next = _ask(u, t, d, L, U_ROW, DIM, S, T, E, EVEN)
@@ -1485,14 +1496,12 @@ if triton is not None:
                 h = h_next
                 BCs = BC_next
                 x = ()
-                x_end = ()
                 v = ()
                 w = ()  # the gradient of y before the gate
                 for i in tl.static_range(T):
                     for e in tl.static_range(E):
                         xe = _step_size(raw[i * E + e] + shift[e], t + i * S, L, SOFTPLUS, EVEN)
                         x += (xe,)
-                        x_end += (_endless(xe, flags[i], reset),)
                         v += (xe * us[i * E + e],)
                         we = dys[i * E + e]
                         if z is not None:
@@ -1507,12 +1516,13 @@ if triton is not None:
                         BCm = BCs[i * S + m]
                         new = ()
                         wm = ()
+                        end = _end(flags[i], m, reset)
                         for e in tl.static_range(E):
-                            xm = _of_lane(x_end[i * E + e], m)
+                            xm = _of_lane(x[i * E + e], m)
                             vm = _of_lane(v[i * E + e], m)
                             wm += (_of_lane(w[i * E + e], m),)
                             for n in tl.static_range(K):
-                                f = _exp2(xm * a[e * K + n])
+                                f = _decay(xm, a[e * K + n], end, reset)
                                 decay += (f,)
                                 left += (f * h[e * K + n],)
                                 new += (f * h[e * K + n] + vm * BCm[n],)
@@ -1548,7 +1558,7 @@ if triton is not None:
                         vm = ()
                         q = ()
                         for e in tl.static_range(E):
-                            xm = _of_lane(x_end[i * E + e], m)
+                            xm = _of_lane(x[i * E + e], m)
                             wm = _of_lane(w[i * E + e], m)
                             vm += (_of_lane(v[i * E + e], m),)
                             for n in tl.static_range(K):
@@ -1819,6 +1829,9 @@ if triton is not None:
         xs = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in xs]
         return xs, *([0 if x is None else x.stride(i) for x in xs] for i in (0, 1))
 
+    def _contiguous(*xs):
+        return [x if x is None else x.contiguous() for x in xs]
+
     def _state_copy(x, b, d, n, device):
         """A new float32 (b, d, n) with what is in x, if any."""
         if x is None:
@@ -1855,14 +1868,15 @@ if triton is not None:
         (b, l, d), n = u.shape, A.shape[1]
         layout, width = _layout(n, **FWD)
         (u, delta, z), batch, row = _rows_contiguous(u, delta, z)
+        D, delta_bias, reset = _contiguous(D, delta_bias, reset)
         y = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
         last = _state_copy(initial_state, b, d, n, u.device)
         saved = last.new_empty(triton.cdiv(l, SEGMENT) if save else 0, b * n * d)
         _scan_fwd_kernel[(triton.cdiv(d, width) * b,)](
-            u, delta, z, A.float().contiguous(), _for_lanes(B, C), D, delta_bias,
-            None if reset is None else reset.contiguous(), y, last, saved if save else None, l, *batch, *row, DIM=d,
-            SOFTPLUS=delta_softplus, **layout, EVEN=l > 0 and l % FWD["U"] == 0 and d % width == 0, num_stages=1,
-            maxnreg=255, enable_fp_fusion=True)  # said aloud, 255 registers let the compiler ask for more in advance
+            u, delta, z, A.float().contiguous(), _for_lanes(B, C), D, delta_bias, reset, y, last,
+            saved if save else None, l, *batch, *row, DIM=d, SOFTPLUS=delta_softplus, **layout,
+            EVEN=l > 0 and l % FWD["U"] == 0 and d % width == 0, num_stages=1, maxnreg=255,
+            enable_fp_fusion=True)  # said aloud, 255 registers let the compiler ask for more in advance
         return y, last, saved
 
     def _scan_bwd_triton(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
@@ -1871,21 +1885,21 @@ if triton is not None:
         J, K, U, segments, programs = layout["J"], layout["K"], BWD["U"], triton.cdiv(l, SEGMENT), triton.cdiv(d, width)
         dy = torch.zeros_like(u) if dy is None else dy
         (dy, u, delta, z), batch, row = _rows_contiguous(dy, u, delta, z)
+        D, delta_bias, reset = _contiguous(D, delta_bias, reset)
         du, ddelta, dz = (None if x is None else x.new_empty(b, l, d) for x in (u, delta, z))
         dh = _state_copy(dlast, b, d, n, u.device)
         sums = dh.new_empty(b, n + 2, d)  # for each row of the batch: of A, (d, n), of D and of the bias
         dBC = dh.new_empty(b, programs, segments * SEGMENT // U, J, 2, U, K)  # C before B, a partial sum a program
         kept = dh.new_empty(b * programs, SEGMENT // U, width, J * K)
         _scan_bwd_kernel[(programs * b,)](
-            dy, u, delta, z, A.float().contiguous(), _for_lanes(B, C), D, delta_bias,
-            None if reset is None else reset.contiguous(), saved, dh, du, ddelta, dz, sums, dBC, kept, l, *batch, *row,
-            DIM=d, SOFTPLUS=delta_softplus, **layout, EVEN=l > 0 and l % BWD["PASS"] == 0 and d % width == 0,
-            num_stages=1, enable_fp_fusion=True)
+            dy, u, delta, z, A.float().contiguous(), _for_lanes(B, C), D, delta_bias, reset, saved, dh, du, ddelta, dz,
+            sums, dBC, kept, l, *batch, *row, DIM=d, SOFTPLUS=delta_softplus, **layout,
+            EVEN=l > 0 and l % BWD["PASS"] == 0 and d % width == 0, num_stages=1, enable_fp_fusion=True)
         dC, dB = (x.permute(0, 1, 3, 2, 4).reshape(b, -1, J * K)[:, :l, :n] for x in dBC.sum(1).unbind(3))
         dA, dD, dbias = sums.sum(0).split((n, 1, 1))
         return du, ddelta, dA.view(d, n), dB, dC, dD[0].clone(), dz, dbias[0].clone(), dh  # no two may share storage
 
-    def _conv_launch(x, weight, initial_state, reset, dilation, rows):
+    def _conv_launch(x, weight, bias, initial_state, reset, dilation, rows):
         """What both convolution kernels are launched with: 64 rows of a phase and 128 channels a program."""
         (b, l, d), W = x.shape, weight.shape[1]
         lanes = 128 if W <= 4 else LANES
@@ -1893,29 +1907,32 @@ if triton is not None:
         state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
         document = None if reset is None else reset.cumsum(1, dtype=torch.int32)
         options = dict(DIM=d, W=W, STEP=dilation, ROWS=64, BD=lanes, num_warps=1, num_stages=1, enable_fp_fusion=True)
-        return (triton.cdiv(d, lanes) * parts * b,), parts, weight.t().contiguous(), state, document, options
+        weight, bias = _contiguous(weight.t(), bias)
+        return (triton.cdiv(d, lanes) * parts * b,), parts, weight, bias, state, document, options
 
     def _conv_fwd_triton(x, weight, bias, silu, initial_state, reset, dilation):
         _refuse_float64("causal_conv1d", x)
         (x,), (x_batch,), (x_row,) = _rows_contiguous(x)
         (b, l, d), span = x.shape, (weight.shape[1] - 1) * dilation
-        grid, parts, weight, state, document, options = _conv_launch(x, weight, initial_state, reset, dilation, 0)
+        grid, parts, weight, bias, state, document, options = _conv_launch(x, weight, bias, initial_state, reset,
+                                                                           dilation, 0)
         y = torch.empty(b, l, d, dtype=x.dtype, device=x.device)
         _conv_fwd_kernel[grid](x, weight, bias, state, document, y, parts, l, x_batch, x_row, SILU=silu, T=8, **options)
         final = x[:, l - span :]
         if l < span:
             final = torch.cat([x.new_zeros(b, span - l, d) if state is None else state[:, l:], x], 1)
-        if reset is None:
-            return y, final.clone()
-        tail = document[:, l - span :] if l >= span else F.pad(document, (span - l, 0))
-        return y, _where((tail == document[:, -1:])[..., None], final)
+        if reset is not None:
+            tail = document[:, l - span :] if l >= span else F.pad(document, (span - l, 0))
+            final = _where((tail == document[:, -1:])[..., None], final)
+        return y, final.clone(memory_format=torch.contiguous_format)
 
     def _conv_bwd_triton(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
         dy = torch.zeros_like(x) if dy is None else dy
         (dy, x), (dy_batch, x_batch), (dy_row, x_row) = _rows_contiguous(dy, x)
         (b, l, d), W = x.shape, weight.shape[1]
-        grid, parts, weight, state, document, options = _conv_launch(x, weight, initial_state, reset, dilation, W - 1)
-        dfinal = None if dfinal is None else dfinal.contiguous()
+        grid, parts, weight, bias, state, document, options = _conv_launch(x, weight, bias, initial_state, reset,
+                                                                           dilation, W - 1)
+        (dfinal,) = _contiguous(dfinal)
         dx, dstate = x.new_empty(b, l, d), x.new_empty(b, (W - 1) * dilation, d)
         dweight = torch.empty(b * parts, W + 1, d, device=x.device)  # a partial sum a program; the last row is of bias
         _conv_bwd_kernel[grid](dy, dfinal, x, weight, bias, state, document, dx, dstate, dweight, parts, l, dy_batch,
@@ -1927,6 +1944,7 @@ if triton is not None:
         _refuse_float64("selective_scan_step", u)
         (b, d), n = u.shape, A.shape[1]
         (u, delta, z, B, C), batch, _ = _rows_contiguous(u, delta, z, B, C)
+        D, delta_bias = _contiguous(D, delta_bias)
         y = torch.empty(b, d, dtype=u.dtype, device=u.device)
         _scan_step_kernel[(triton.cdiv(d, LANES) * b,)](
             state, u, delta, z, A, B, C, D, delta_bias, reset, y, *state.stride(), *batch,
@@ -1938,9 +1956,10 @@ if triton is not None:
         _refuse_float64("causal_conv1d_step", x)
         (b, d), W = x.shape, weight.shape[1]
         (x,), (x_batch,), _ = _rows_contiguous(x)
+        weight, bias = _contiguous(weight.t(), bias)
         y = torch.empty(b, d, dtype=x.dtype, device=x.device)
         _conv_step_kernel[(triton.cdiv(d, 128) * b,)](
-            state, x, weight.t().contiguous(), bias, reset, y, *state.stride(), x_batch,
+            state, x, weight, bias, reset, y, *state.stride(), x_batch,
             0 if reset is None else reset.stride(0), DIM=d, W=W, STEP=dilation, SILU=silu, BD=128, num_warps=1,
             enable_fp_fusion=True)
         return y

@@ -107,7 +107,7 @@ class GPTConfig(BaseModel):
                 mistakes.append(f"n_head: {nh} heads do not divide the width {C} of layer {i}; change n_head or n_embd")
             elif kind == "standard" and self.position == "rope" and (C // nh) % 2:
                 mistakes.append(f"n_head: heads of layer {i} are {C // nh} wide; rotary positions need an even width")
-            if mult < 0 or (mult and int(mult * C) < 1):
+            if mult < 0 or (mult and feed_forward_width(mult, C) < 1):
                 mistakes.append(f"ffn_mult: {mult} at layer {i}; 0 or at least 1 / width is allowed")
         if self.tie_weights and self.n_embd[0] != self.n_embd[-1]:
             mistakes.append(f"tie_weights: true, but the first width is {self.n_embd[0]}, the last {self.n_embd[-1]}")
@@ -286,7 +286,22 @@ class RMSNormCPU(torch.autograd.Function):
         return dx.addcmul_(r, (dy @ weight)[..., None], value=1 / C), dweight, None
 
 
-@functools.lru_cache(maxsize=16)
+def cached(make):
+    """functools.lru_cache for a function that makes tensors: what it keeps can be trained with, and is none of those
+    that only stand for others, as while torch.export looks on."""
+    @functools.lru_cache(maxsize=16)
+    def keep(*args):
+        with torch.inference_mode(False):
+            return make(*args)
+
+    @functools.wraps(make)
+    def get(*args):
+        faked = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        return make(*args) if faked else keep(*args)
+    return get
+
+
+@cached
 def scalar(value: float, dtype: torch.dtype):
     return torch.tensor(value, dtype=dtype)
 
@@ -326,15 +341,11 @@ def rotary_table(S: int, hs: int, dtype: torch.dtype, device: torch.device):
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-@functools.lru_cache(maxsize=16)
-def cached_rotary_table(*args):
-    """rotary_table, made once; never an inference tensor, which training could not use."""
-    with torch.inference_mode(False):
-        return rotary_table(*args)
+cached_rotary_table = cached(rotary_table)
 
 
 def constant_rotary_table(*args):
-    """cached_rotary_table, in compiled code a constant, where its sines would be taken again at every call"""
+    """rotary_table, made once; in compiled code a constant, where its sines would be taken again at every call"""
     return cached_rotary_table(*args)
 
 
@@ -923,11 +934,15 @@ class FeedForwardCPU(torch.autograd.Function):
         return None, *linear_backward(dh, x, w), dv
 
 
+def feed_forward_width(mult: float, C: int) -> int:
+    return int(mult * C + 1e-6)  # where mult is the ratio of two widths, the product may fall short of the first
+
+
 class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C = config.n_embd[layer]
-        hidden = int(config.ffn_mult[layer] * C)
+        hidden = feed_forward_width(config.ffn_mult[layer], C)
         self.activation = config.activation
         self.c_fc = Linear(C, hidden, bias=config.bias)
         self.c_proj = Linear(hidden, C, bias=config.bias)
@@ -1095,12 +1110,14 @@ class GPT(nn.Module):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         c = AutoConfig.from_pretrained(name_or_path)
-        if c.model_type == "gpt2" and c.activation_function in ("gelu_new", "gelu_pytorch_tanh"):
+        if (c.model_type == "gpt2" and c.activation_function in ("gelu_new", "gelu_pytorch_tanh")
+                and c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx and not c.add_cross_attention):
             own = dict(block_size=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, bias=True,
                        position="learned", norm="layernorm", activation="gelu_tanh",
                        ffn_mult=(c.n_inner or 4 * c.n_embd) / c.n_embd)
             names = {"transformer.": "", ".attn.": ".mixer.", ".mlp.": ".ffn."}
-        elif c.model_type == "mamba" and c.hidden_act == "silu" and c.use_conv_bias and not c.use_bias:
+        elif (c.model_type == "mamba" and c.hidden_act == "silu" and c.use_conv_bias and not c.use_bias
+                and c.intermediate_size == c.expand * c.hidden_size):
             own = dict(n_embd=c.hidden_size, n_layer=c.num_hidden_layers, attention_type="mamba", ffn_mult=0.0,
                        d_state=c.state_size, d_conv=c.conv_kernel, expand=c.expand, dt_rank=int(c.time_step_rank))
             names = {"backbone.": "", "embeddings.": "wte.", "layers.": "h.", ".norm.": ".ln_1.", "norm_f.": "ln_f."}
@@ -1216,8 +1233,9 @@ class GPT(nn.Module):
         product, attention's over a full window; FractalBlock's formula counts each application; norms, gates and
         activations are left out. Training costs three times as much."""
         flops = []
-        for block in self.h:
+        for i, block in enumerate(self.h):
             macs = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+            macs += self.skip[str(i)].weight.numel() if str(i) in self.skip else 0
             mixer = block.mixer
             if block.kind == "standard":
                 macs += 2 * mixer.window * mixer.c_proj.in_features

@@ -26,8 +26,8 @@ from model import (
     NGramEmbedding,
     RMSNorm,
     attend,
-    cached_rotary_table,
     cross_entropy,
+    feed_forward_width,
     map_state,
     replace_some,
     rotary_table,
@@ -423,7 +423,8 @@ def test_flops_agree_with_pytorchs_counter():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     for kind in ("standard", "fractal"):
-        model = make(kind, window=8, fractal_depth_range=[2, 2], fractal_dim_range=[16, 16]).eval()
+        model = make(kind, window=8, fractal_depth_range=[2, 2], fractal_dim_range=[16, 16],
+                     skip_connections=True).eval()
         state = model.initial_state(1)
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model(torch.zeros(1, 1, dtype=torch.long), state=state)
@@ -492,11 +493,24 @@ def test_forward_interface():
         close(a, b, 1e-12)
 
 
+def test_nothing_of_a_fake_pass_is_kept():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    for kind in ("standard", "mamba", "fractal"):
+        model, idx = make(kind).eval(), torch.zeros(1, 11, dtype=torch.long)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(idx)
+        assert type(model(idx)[0]) is torch.Tensor
+
+
+@given(st.integers(1, 4096), st.integers(1, 1024))
+def test_a_feed_forward_width_given_as_a_ratio_comes_out(hidden, C):
+    assert feed_forward_width(hidden / C, C) == hidden
+
+
 def test_training_goes_on_after_inference():
     """What is kept between calls must not be an inference tensor, which autograd refuses."""
     model = make("hybrid")
-    idx = torch.randint(V, (1, 8))
-    cached_rotary_table.cache_clear()
+    idx = torch.randint(V, (1, 37))  # a length, and so a table of rotations, of its own
     with torch.inference_mode():
         decoder(model, model(idx)[2])(idx[:, :1])
     _, loss, _ = model(idx, idx)
@@ -824,10 +838,13 @@ def test_gpt2_logits_equal_transformers(tmp_path):
 
 
 def test_other_models_are_refused(tmp_path):
-    from transformers import LlamaConfig
-    LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a llama model; GPT-2 and Mamba-1"):
-        GPT.from_pretrained(tmp_path)
+    from transformers import GPT2Config, LlamaConfig, MambaConfig
+    unusual = [GPT2Config(**keys) for keys in ({"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True},
+                                               {"add_cross_attention": True})]
+    for config in (LlamaConfig(), *unusual, MambaConfig(hidden_size=64, intermediate_size=96)):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"a {config.model_type} model; GPT-2 and Mamba-1"):
+            GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])

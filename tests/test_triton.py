@@ -79,10 +79,11 @@ def _scan_inputs(b=1, l=19, d=33, n=3, dtype="float32", bare=False, still=False)
     u, delta, z = xz[..., :d], torch.randn(b, l, d).to(dtype), xz[..., d:]
     A, B, C = -4 * torch.rand(d, n) - 0.1, torch.randn(b, l, n).to(dtype), torch.randn(b, l, n).to(dtype)
     if still:
-        A[:, 1] = 0
+        A[:, 1], A[:, 2] = 0, 0.3
     if bare:
         return [u, delta.abs(), A, B, C, None, None, None, None]
-    return [u, delta, A, B, C, torch.randn(d), z, torch.randn(d), torch.randn(b, n, d).transpose(1, 2)]
+    D, bias = torch.randn(d, 2).unbind(1)
+    return [u, delta, A, B, C, D, z, bias, torch.randn(b, n, d).transpose(1, 2)]
 
 
 def _scan(reset=False, bare=False, **sizes):
@@ -97,7 +98,8 @@ def _conv_inputs(b=1, l=19, d=33, W=4, dilation=1, dtype="float32", bare=False):
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
     x, weight = torch.randn(b, l, 2 * d).to(dtype)[..., :d], torch.randn(d, W)
-    return [x, weight, *((None, None) if bare else (torch.randn(d), torch.randn(b, (W - 1) * dilation, d).to(dtype)))]
+    bias, state = torch.randn(d, 2)[:, 0], torch.randn(b, (W - 1) * dilation, d).to(dtype)
+    return [x, weight, *((None, None) if bare else (bias, state))]
 
 
 def _conv(reset=False, bare=False, dilation=1, **sizes):
@@ -177,6 +179,17 @@ def _shared():
     return shared
 
 
+def _strided():
+    """How many outputs of the forward operators are not contiguous for inputs that lie in memory time first."""
+    u, delta, A, B, C, D, z, bias, state = _scan_inputs(b=2, l=3, d=5)
+    u, delta, z = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (u, delta, z))
+    reset = _reset(True, 2, 3)
+    outputs = [*kernels.scan_fwd(u, delta, A, B, C, D, z, bias, True, state, reset, True)]
+    for mask in (None, reset):
+        outputs += kernels.conv_fwd(u, torch.randn(5, 4), bias, True, None, mask, 1)
+    return sum(not x.is_contiguous() for x in outputs)
+
+
 def _traffic():
     """How often each (b, l, d) tensor is requested, in multiples of its size."""
     u, delta, A, B, C, D, z, bias, _ = (x.clone() for x in _scan_inputs(d=5, n=2))
@@ -206,7 +219,7 @@ def main():
               "conv": {name: _conv(**case) for name, case in CONVS.items()},
               "law": {"scan": _chunks(scan, _scan_inputs(d=5, n=2), (0, 1, 3, 4, 6), 8, 8),
                       "conv": _chunks(conv, _conv_inputs(d=5, dilation=2), (0,), 3, 5)},
-              "steps": _steps(), "shared": _shared(), "traffic": _traffic()}
+              "steps": _steps(), "shared": _shared(), "strided": _strided(), "traffic": _traffic()}
     print(json.dumps(report))
 
 
@@ -242,6 +255,10 @@ def test_chunks_with_carried_state_are_the_whole(interpreted, operator):
 
 def test_steps_equal_oracle(interpreted):
     _within(interpreted["steps"], FLOAT32)
+
+
+def test_outputs_are_contiguous_as_their_fakes(interpreted):
+    assert interpreted["strided"] == 0
 
 
 def test_operators_return_tensors_of_their_own(interpreted):
