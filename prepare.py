@@ -38,7 +38,8 @@ import numpy as np
 from tqdm import tqdm
 
 CHUNK = 1 << 20  # bytes read, encoded and written at a time
-CACHE_FORMAT = b"1"  # part of every cache key: raise it when the stored layout or the encoding changes
+CACHE_FORMAT = b"2"  # part of every cache key: raise it when the stored layout or the encoding changes
+KEY_BYTES = 16
 RACY_NS = 2 * 10**9  # the coarsest file timestamps in use (FAT) tick every 2 s
 STALE_SECONDS = 3600  # a temporary file untouched for so long has no living writer
 
@@ -252,7 +253,7 @@ def load_corpus(dataset: Path, tokenizer: Tokenizer, progress: bool = True) -> C
 
     Cache: dataset/.cache/<tokenizer>/<key>.bin. The key is made from the names and contents of the files, hashed in
     the pass that encodes them, and a file gets its name only when it is whole, so that any number of processes may
-    do this at once, and be killed. Raises DataError.
+    do this at once, and be killed. It ends with its key, which a copy cut short lacks. Raises DataError.
     """
     dataset = Path(dataset)
     store = dataset / ".cache"
@@ -270,7 +271,8 @@ def load_corpus(dataset: Path, tokenizer: Tokenizer, progress: bool = True) -> C
                 entries = _find_cache(named, store, folder, progress)
                 entries = entries or _encode_files(named, tokenizer, store, folder, progress)
         path = folder / f"{_key(entries)}.bin"
-        tokens = np.memmap(path, dtype=tokenizer.dtype, mode="r")
+        n_tokens = (path.stat().st_size - KEY_BYTES) // tokenizer.dtype.itemsize
+        tokens = np.memmap(path, dtype=tokenizer.dtype, mode="r", shape=n_tokens)
     except OSError as e:
         raise DataError(
             f"cannot use the token cache in {store} ({e.strerror}): make that folder writable and see that its disk "
@@ -297,10 +299,10 @@ def _one_at_a_time(store):
 
 
 def _read_index(store):
-    try:
-        return json.loads((store / "index.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
+    with suppress(OSError, ValueError):
+        index = json.loads((store / "index.json").read_bytes())
+        return index if isinstance(index, dict) else {}
+    return {}
 
 
 def _write_index(store, entries):
@@ -333,14 +335,21 @@ def _find_cache(named, store, folder, progress):
     entries = {name: _entry(path, index.get(name)) for name, path in bar}
     if entries != index:
         _write_index(store, entries)
-    return entries if (folder / f"{_key(entries)}.bin").exists() else None
+    return entries if _is_whole(folder / f"{_key(entries)}.bin") else None
 
 
 def _key(entries):
     key = hashlib.sha256(CACHE_FORMAT)
     for name, entry in entries.items():
         key.update(os.fsencode(name) + b"\0" + bytes.fromhex(entry[4]))
-    return key.hexdigest()[:32]
+    return key.hexdigest()[: 2 * KEY_BYTES]
+
+
+def _is_whole(path):
+    with suppress(OSError), open(path, "rb") as f:
+        f.seek(-KEY_BYTES, os.SEEK_END)
+        return f.read() == bytes.fromhex(path.stem)
+    return False
 
 
 def _encode_files(named, tokenizer, store, folder, progress):
@@ -368,6 +377,7 @@ def _encode_files(named, tokenizer, store, folder, progress):
                 write_until(2 * workers)  # bounds the memory
             entries[name] = [n_bytes, *stamp[1:], sha256.hexdigest()]
         write_until(0)
+        f.write(bytes.fromhex(_key(entries)))
         publish(f, folder / f"{_key(entries)}.bin")
     _write_index(store, entries)
     return entries

@@ -356,8 +356,18 @@ def test_fingerprint_is_of_names_and_contents_alone(tmp_path, byte, gpt2):
 def test_a_broken_index_is_no_harm(tmp_path, byte):
     dataset = make(tmp_path, FILES)
     before = load_corpus(dataset, byte, progress=False)
-    (dataset / ".cache" / "index.json").write_bytes(b'{"b.txt": [21')
-    assert load_corpus(dataset, byte, progress=False).fingerprint == before.fingerprint
+    for broken in (b'{"b.txt": [21', b"[]"):
+        (dataset / ".cache" / "index.json").write_bytes(broken)
+        assert load_corpus(dataset, byte, progress=False).fingerprint == before.fingerprint
+
+
+@pytest.mark.parametrize("size", [0, 5, 16, 24, -1])
+def test_a_cache_cut_short_is_made_again(tmp_path, byte, size):
+    dataset = make(tmp_path, FILES)
+    tokens = load_corpus(dataset, byte, progress=False).tokens.tolist()
+    (cache,) = caches(dataset)
+    os.truncate(cache, size if size >= 0 else cache.stat().st_size - 2)
+    assert load_corpus(dataset, byte, progress=False).tokens.tolist() == tokens
 
 
 KILLED = """
@@ -381,7 +391,7 @@ def test_a_killed_run_leaves_nothing_that_counts(tmp_path, byte):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
-    assert half.stat().st_size == 2 * (len(text) + 1) and not caches(dataset)
+    assert half.stat().st_size == 2 * (len(text) + 1) + prepare.KEY_BYTES and not caches(dataset)
     corpus = load_corpus(dataset, byte, progress=False)
     assert corpus.tokens[1:].astype(np.uint8).tobytes() == text
     assert half.exists()  # as far as anyone can tell it may be a live process's
