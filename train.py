@@ -300,7 +300,8 @@ def explain(error: ValidationError, flags: dict, where: str) -> list[str]:
             for line in e["msg"].removeprefix("Value error, ").split("\n"):
                 lines.append(f"{'flags' if line.partition(':')[0] in flags else where}: {line}")
             continue
-        message = e["msg"].replace("Input should be", "must be")
+        pattern = e["type"] == "string_pattern_mismatch"  # of the device
+        message = f"must be {KEYS[key].description}" if pattern else e["msg"].replace("Input should be", "must be")
         values.setdefault(key, e["input"])
         if message not in allowed.setdefault(key, []):
             allowed[key].append(message)

@@ -37,6 +37,7 @@ DOCS, RUNS = ROOT / "docs", ROOT / "runs"
 SHAKESPEARE = ["tinyshakespeare.txt"]
 BOOKS = ["david_copperfield.txt", "don_quixote.txt", "great_expectations.txt", "middlemarch.txt", "moby_dick.txt",
          "pride_and_prejudice.txt"]
+BLOCK, BLOCKS = 64, {"books": 512, "mixer_512": 512, "noise": 128}  # bytes that the control of a figure sees
 MACHINE = f"{cpu()}, {os.cpu_count()} cores"
 TARGET = 1.898  # val_loss_reset of nanoGPT's CPU configuration at block 64
 ORDER = 7
@@ -224,7 +225,7 @@ def write(results: list[dict], data: Path):
         if any(name.startswith("books") == (files is BOOKS) for name, _ in by_name):
             text = np.frombuffer(b"".join((data / f).read_bytes() for f in files), dtype=np.uint8)
             cut = len(text) - len(text) // 10
-            for block in (64, 512):
+            for block in sorted({BLOCK, *BLOCKS.values()}):
                 control[f"{label}, blocks of {block}"] = kneser_ney(text[:cut], text[cut:], block)
     figures = collections.defaultdict(lambda: collections.defaultdict(dict))
     for (name, machine), runs in by_name.items():
@@ -235,8 +236,7 @@ def write(results: list[dict], data: Path):
         # seconds of one machine: that with the most recipes, among equals this one
         _, members = max(of_machines.items(), key=lambda item: (len(item[1]), item[0] == letters.get(MACHINE)))
         text, key = ("books", "val_loss") if figure == "books" else ("tinyshakespeare", "val_loss_reset")
-        block = 512 if figure in ("books", "mixer_512") else 64
-        plot(members, control[f"{text}, blocks of {block}"], DOCS / f"learning_{figure}.png", key)
+        plot(members, control[f"{text}, blocks of {BLOCKS.get(figure, BLOCK)}"], DOCS / f"learning_{figure}.png", key)
     dates = sorted({r["date"] for r in results})
     (DOCS / "learning.md").write_text(
         "# What the recipes learn\n\n"

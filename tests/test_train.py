@@ -575,15 +575,19 @@ def recipe_model(path):
 
 
 def test_recipes_keep_their_promises():
-    """Every recipe is valid; mixers are equal in parameters and tokens; the equal recipe is nanoGPT's size."""
-    sizes, tokens = {}, set()
+    """Every recipe is valid; mixers are equal in parameters and tokens, those of noise but for it; the equal recipe is
+    nanoGPT's size."""
+    sizes, tokens, without_noise = {}, set(), set()
     for path in RECIPES:
         config, model = recipe_model(path)
         if path.stem.startswith("mixer_"):
             sizes[path.stem] = model.num_params()
             tokens.add(config.max_iters * config.batch_size * config.block_size)
+        if path.stem.startswith("noise_"):
+            without_noise.add(config.model_copy(update=dict.fromkeys(train.NOISE, 0.0)).model_dump_json())
         if path.stem == "shakespeare_equal":
             assert model.num_params() <= 810_000 and not config.ngram_orders
+    assert len(without_noise) == 1
     assert len(sizes) == 16 and len(tokens) == 1 and max(sizes.values()) <= 1.02 * min(sizes.values())
 
 
