@@ -627,7 +627,7 @@ class FractalModule(nn.Module):
         super().__init__()
         self.conv = nn.ParameterList(torch.randn(H, kernel) / math.sqrt(kernel) for _ in range(C))
         self.M = nn.ModuleList(nn.Linear(H, H, bias=False) for _ in range(C))
-        self.a = nn.Parameter(torch.zeros(C - 1), requires_grad=C > 1)  # DDP waits for every gradient
+        self.a = nn.Parameter(torch.zeros(C - 1))
 
 
 class FractalBlock(nn.Module):

@@ -751,6 +751,8 @@ class Run:
         if self.sharded:
             how += f", sharded over {self.world_size} processes"
         elif self.world_size > 1:
+            for p in self.model.parameters():  # DDP waits for every gradient; fractals of depth 1 have no joins
+                p.requires_grad_(p.numel() > 0)
             self.step_model = DDP(self.step_model, device_ids=[self.device] if self.device.type == "cuda" else None)
         self.optimizers = make_optimizers(self.model, config, self.device)
         self.say(f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}, {how}: {self.max_iters} steps of "
