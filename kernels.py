@@ -1972,6 +1972,10 @@ if triton is not None:
     IMPLEMENTATIONS["triton"] = _scan_fwd_triton, _scan_bwd_triton, _conv_fwd_triton, _conv_bwd_triton
 
 
+# PyTorch keeps compiled graphs on disk by the names of their operators, and what these save depends on the path
+NAMESPACE = "hybrid" + re.sub(r"\W", "", os.environ.get("KERNELS", ""))
+
+
 def _backend(device):
     """"torch", "triton" or "oracle": the environment's KERNELS, or what suits the device."""
     forced = os.environ.get("KERNELS")
@@ -2032,7 +2036,7 @@ def run_scan_bwd(
     return _fill(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
 
 
-scan_fwd = torch.library.custom_op("hybrid::scan_fwd", run_scan_fwd, mutates_args=())
+scan_fwd = torch.library.custom_op(f"{NAMESPACE}::scan_fwd", run_scan_fwd, mutates_args=())
 
 
 @scan_fwd.register_fake
@@ -2045,7 +2049,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
     return u.new_empty(b, l, d), u.new_empty(b, d, n, dtype=f), saved
 
 
-scan_bwd = torch.library.custom_op("hybrid::scan_bwd", run_scan_bwd, mutates_args=())
+scan_bwd = torch.library.custom_op(f"{NAMESPACE}::scan_bwd", run_scan_bwd, mutates_args=())
 
 
 @scan_bwd.register_fake
@@ -2109,7 +2113,7 @@ def run_conv_bwd(
     return _fill(grads, (x, weight, bias, initial_state))
 
 
-conv_fwd = torch.library.custom_op("hybrid::conv_fwd", run_conv_fwd, mutates_args=())
+conv_fwd = torch.library.custom_op(f"{NAMESPACE}::conv_fwd", run_conv_fwd, mutates_args=())
 
 
 @conv_fwd.register_fake
@@ -2118,7 +2122,7 @@ def _(x, weight, bias, silu, initial_state, reset, dilation):
     return x.new_empty(x.shape), x.new_empty(b, (weight.shape[1] - 1) * dilation, d)
 
 
-conv_bwd = torch.library.custom_op("hybrid::conv_bwd", run_conv_bwd, mutates_args=())
+conv_bwd = torch.library.custom_op(f"{NAMESPACE}::conv_bwd", run_conv_bwd, mutates_args=())
 
 
 @conv_bwd.register_fake

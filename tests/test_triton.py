@@ -283,6 +283,24 @@ def test_second_derivatives_are_refused(monkeypatch, op, inputs):
         torch.autograd.grad(sum(g.sum() for g in first), inputs)
 
 
+COMPILED = """
+import torch, kernels
+inputs = [torch.randn(1, 9, n, requires_grad=True) for n in (5, 5, 3, 3)]
+scan = lambda u, delta, B, C: kernels.selective_scan(u, delta, -torch.ones(5, 3), B, C, delta_softplus=True)
+torch.compile(scan, fullgraph=True)(*inputs).sum().backward()
+"""
+
+
+@pytest.mark.slow
+def test_compiled_graphs_on_disk_are_of_one_path(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path),
+                                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for path in ("torch", "triton"):  # the second finds what the first left
+        done = subprocess.run([sys.executable, "-c", COMPILED], env=environment | {"KERNELS": path},
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_report_compares_like_with_like():
     """What the report times against transformers' mixer computes the same."""
     *_, difference = kernel_report.against_transformers("cpu", 5, lambda call: call())
