@@ -885,7 +885,8 @@ def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, del
 
 def _scan_native(kernel, u, delta, A, z, delta_softplus):
     n, dtype = A.shape[1], u.dtype if u.dtype == torch.float64 else _native_dtype(u, delta, z)
-    return _native(kernel, u.device, dtype, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
+    native = _native(kernel, u.device, dtype, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
+    return None if native is None or A.isnan().any() else native  # whose powers of 2 would hide it
 
 
 def _longer(more, *xs, dim=-1):

@@ -296,6 +296,15 @@ def test_native_code_holds_far_from_zero(native, name):
     assert_as_near_as_the_oracle(selective_scan, selective_scan_oracle, x, options, 2e-6)
 
 
+def test_native_code_hides_nothing(native):
+    x = scan_inputs(1, 16, 16, 16, (), torch.float32)
+    for name in SCAN[:8]:
+        bad = {k: v.detach().clone() for k, v in x.items()}
+        bad[name].flatten()[-1] = torch.nan
+        y, oracle = (f(**bad, delta_softplus=True) for f in (selective_scan, selective_scan_oracle))
+        assert y.isnan().any() and torch.equal(y.isnan(), oracle.isnan()), name
+
+
 @pytest.mark.slow
 def test_native_code_of_another_form(native):
     """No gate, no softplus, few states, no activation: each is a compilation of its own."""
