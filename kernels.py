@@ -1830,6 +1830,14 @@ if triton is not None:
         xs = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in xs]
         return xs, *([0 if x is None else x.stride(i) for x in xs] for i in (0, 1))
 
+    def _on_its_device(launch):
+        """launch with the GPU of its tensors as the current one, which Triton would take otherwise"""
+        @functools.wraps(launch)
+        def run(*args):
+            with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+                return launch(*args)
+        return run
+
     def _contiguous(*xs):
         return [x if x is None else x.contiguous() for x in xs]
 
@@ -1864,6 +1872,7 @@ if triton is not None:
             laid[:, :l, :, i] = (F.pad(x, (0, J * K - n)) if J * K > n else x).unflatten(2, (J, K))
         return flat
 
+    @_on_its_device
     def _scan_fwd_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
         _refuse_float64("selective_scan", u)
         (b, l, d), n = u.shape, A.shape[1]
@@ -1880,6 +1889,7 @@ if triton is not None:
             enable_fp_fusion=True)  # said aloud, 255 registers let the compiler ask for more in advance
         return y, last, saved
 
+    @_on_its_device
     def _scan_bwd_triton(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
         (b, l, d), n = u.shape, A.shape[1]
         layout, width = _layout(n, **BWD)
@@ -1911,6 +1921,7 @@ if triton is not None:
         weight, bias = _contiguous(weight.t(), bias)
         return (triton.cdiv(d, lanes) * parts * b,), parts, weight, bias, state, document, options
 
+    @_on_its_device
     def _conv_fwd_triton(x, weight, bias, silu, initial_state, reset, dilation):
         _refuse_float64("causal_conv1d", x)
         (x,), (x_batch,), (x_row,) = _rows_contiguous(x)
@@ -1927,6 +1938,7 @@ if triton is not None:
             final = _where((tail == document[:, -1:])[..., None], final)
         return y, final.clone(memory_format=torch.contiguous_format)
 
+    @_on_its_device
     def _conv_bwd_triton(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
         dy = torch.zeros_like(x) if dy is None else dy
         (dy, x), (dy_batch, x_batch), (dy_row, x_row) = _rows_contiguous(dy, x)
@@ -1941,6 +1953,7 @@ if triton is not None:
         dweight, dbias = dweight.sum(0).split((W, 1))
         return dx, dweight.t(), dbias[0].clone(), dstate
 
+    @_on_its_device
     def _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset):
         _refuse_float64("selective_scan_step", u)
         (b, d), n = u.shape, A.shape[1]
@@ -1953,6 +1966,7 @@ if triton is not None:
             SOFTPLUS=delta_softplus, BD=LANES, num_warps=1 if n <= 32 else 4, enable_fp_fusion=True)
         return y
 
+    @_on_its_device
     def _conv_step_triton(state, x, weight, bias, silu, reset, dilation):
         _refuse_float64("causal_conv1d_step", x)
         (b, d), W = x.shape, weight.shape[1]
@@ -1984,7 +1998,8 @@ def _backend(device):
         raise ValueError(f"KERNELS={forced}: choose torch, triton or oracle")
     if forced == "triton" and "triton" not in IMPLEMENTATIONS:
         raise RuntimeError("KERNELS=triton, but Triton is not installed: pip install triton, or unset KERNELS")
-    return forced or ("triton" if device.type == "cuda" and "triton" in IMPLEMENTATIONS else "torch")
+    suits = device.type == "cuda" and torch.version.hip is None and "triton" in IMPLEMENTATIONS  # inline PTX
+    return forced or ("triton" if suits else "torch")
 
 
 def _fill(grads, inputs):

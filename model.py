@@ -1231,7 +1231,8 @@ class GPT(nn.Module):
     def flops_per_token(self) -> list[int]:
         """Forward FLOPs a token of each layer, and of lm_head at the end: two for each multiply-add of a matrix
         product, attention's over a full window; FractalBlock's formula counts each application; norms, gates and
-        activations are left out. Training costs three times as much."""
+        activations are left out, and of a mixer that is not named here all but its linears. Training costs three times
+        as much."""
         flops = []
         for i, block in enumerate(self.h):
             macs = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
@@ -1241,7 +1242,7 @@ class GPT(nn.Module):
                 macs += 2 * mixer.window * mixer.c_proj.in_features
             elif block.kind == "mamba":
                 macs += mixer.d_inner * (mixer.conv1d.kernel_size[0] + 3 * mixer.d_state)  # decay, input, output
-            else:
+            elif block.kind == "fractal":
                 macs -= sum(C * H * H for C, H in zip(mixer.depths, mixer.dims))
                 macs += sum((2 ** mixer.budget(C) - 1) * (H * H + mixer.kernel * H)
                             for C, H in zip(mixer.depths, mixer.dims))
@@ -1261,7 +1262,9 @@ class GPT(nn.Module):
                 kind += " " + " ".join(f"{C}x{H}" for C, H in zip(block.mixer.depths, block.mixer.dims))
             if i == self.bottleneck:
                 kind += " (bottleneck)"
-            size = sum(t.numel() * t.element_size() for t in state)
+            tensors = []
+            map_state(tensors.append, state)
+            size = sum(t.numel() * t.element_size() for t in tensors)
             rows.append((str(i), kind, str(self.config.n_embd[i]), f"{n:,}", f"{flops[i]:,}", f"{size:,}"))
         rest = self.num_params() - sum(p.numel() for m in (self.h, self.skip) for p in m.parameters())
         rows.append(("", "embeddings, head", "", f"{rest:,}", f"{flops[-1]:,}", ""))
@@ -1325,7 +1328,15 @@ def cross_entropy(x, weight, targets):
         logits = linear(x, weight)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
-    return LinearCrossEntropy.apply(x, weight, targets, max(1, LOGITS_AT_ONCE // weight.shape[0])) / count
+    return chunked_cross_entropy(x, weight if torch.is_grad_enabled() else weight.detach(), targets) / count
+
+
+def chunked_cross_entropy(x, weight, targets):
+    return LinearCrossEntropy.apply(x, weight, targets, max(1, LOGITS_AT_ONCE // weight.shape[0]))
+
+
+# A compiler would unroll its loop and hold all chunks at once. (torch.compiler.disable imports a compiler first.)
+chunked_cross_entropy._torchdynamo_disable = True
 
 
 if __name__ == "__main__":

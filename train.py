@@ -223,7 +223,8 @@ def read_flags(argv: list[str]) -> tuple[Path | None, dict, list[str]]:
     for key, field in KEYS.items():
         if key != "$schema":
             default = json.dumps(field.get_default(call_default_factory=True))
-            parser.add_argument(f"--{key}", metavar="VALUE", help=f"{field.description} (default: {default})")
+            text = f"{field.description} (default: {default})"
+            parser.add_argument(f"--{key}", metavar="VALUE", help=text.replace("%", "%%"))
     parser.exit_on_error = False
     try:
         known, unknown = parser.parse_known_args(argv)
@@ -309,16 +310,24 @@ def explain(error: ValidationError, flags: dict, where: str) -> list[str]:
             f"{where}: {key} is {json.dumps(values[key])}: {' or '.join(m)}" for key, m in allowed.items()] + lines
 
 
+def write_schema():
+    """The schema of the keys as they are now beside the configuration file, for an editor."""
+    text = json.dumps(Settings.model_json_schema(by_alias=True), indent=2) + "\n"
+    with contextlib.suppress(OSError):  # nothing depends on it
+        if CONFIG_FILE.exists() and not (SCHEMA_FILE.exists() and SCHEMA_FILE.read_text(encoding="utf-8") == text):
+            write_atomically(SCHEMA_FILE, text)
+
+
 def load_config(argv: list[str] | None = None) -> Settings:
     """Read file and flags. Mistakes are printed, one line each, and end the program with exit code 2."""
     path, flags, mistakes = read_flags(sys.argv[1:] if argv is None else argv)
     if path is None and not CONFIG_FILE.exists():
         try:
             write_atomically(CONFIG_FILE, format_json(DEFAULT_FILE))
-            write_atomically(SCHEMA_FILE, json.dumps(Settings.model_json_schema(by_alias=True), indent=2) + "\n")
             print(f"{CONFIG_FILE} was missing: wrote the default one")
         except OSError as error:
             mistakes.append(f"{CONFIG_FILE} is missing, and the default one cannot be written here: {error.strerror}")
+    write_schema()
     where = path or CONFIG_FILE
     file, file_mistakes = read_file(where)
     merged, notes, merge_mistakes = merge(file, flags, str(where))
@@ -393,7 +402,8 @@ FIXED = (*GPTConfig.model_fields, "tokenizer", "batch_size", "gradient_accumulat
 def check_resumable(checkpoint: dict, settings: Settings, fingerprint: str, world_size: int):
     """A resumed run must be the same run: every key it depends on agrees with the checkpoint's."""
     then, now = checkpoint["config"], settings.model_dump(by_alias=True)
-    before = {key: then["config"].get(key, KEYS[key].get_default()) for key in FIXED}  # it may be older than a key
+    before = {key: then["config"].get(key, KEYS[key].get_default(call_default_factory=True))  # it may be older
+              for key in FIXED}
     different = [f"{key} is {now['config'][key]} but {before[key]} in the checkpoint"
                  for key in FIXED if now["config"][key] != before[key]]
     if now["seed"] != then["seed"]:
@@ -540,7 +550,8 @@ def to_device(batch, device: torch.device, fresh: bool):
     nothing but the first position of rows whose state is fresh; compiled GPU code wants the same kind in every call."""
     x, y, reset = batch
     matters = device.type != "cpu" or reset[:, 1 if fresh else 0:].any()
-    return [None if t is None else t.to(device, non_blocking=True) for t in (x, y, reset if matters else None)]
+    later = device.type == "cuda"  # on MPS a copy may begin when its source is gone (pytorch issue 139550)
+    return [None if t is None else t.to(device, non_blocking=later) for t in (x, y, reset if matters else None)]
 
 
 @torch.no_grad()
@@ -1056,27 +1067,40 @@ def keep_freed_memory():
         libc.mallopt(mmap_threshold, 2**26)
 
 
+def choose_own_device(name: str, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of one of the processes on this machine: of several each takes a GPU of its own. Raises RunError."""
+    device = choose_device(name)
+    if device.type == "cuda":
+        if local_world_size > 1 and device.index is not None:
+            raise RunError(f'device: "{name}" for {local_world_size} processes; give "cuda", and each takes its own')
+        if local_world_size > torch.cuda.device_count():
+            raise RunError(f"{local_world_size} processes for {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        device = torch.device("cuda", local_rank) if device.index is None else device
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and local_world_size > 1:
+        if name == "mps":
+            raise RunError('device: "mps" serves one process; add --device cpu, or leave torchrun out')
+        device = torch.device("cpu")
+    return device
+
+
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     settings = load_config()
     keep_freed_memory()
-    rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = choose_device(settings.device)
-    if device == torch.device("cuda"):
-        device = torch.device("cuda", local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world_size, local_rank, local_world_size = (int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     try:
+        device = choose_own_device(settings.device, local_rank, local_world_size)
+        if world_size > 1:  # Python objects go by gloo: NCCL would gather them in the GPUs' memory
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         Run(settings, device, rank, world_size).main()
     except (RunError, SampleError, DataError, OSError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
-        if world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -131,7 +131,7 @@ def record(recipe: Path, seed: int, folder_of_text: Path, jobs: int, variant: st
     last = next(m for m in reversed(lines) if "val_loss" in m)
     return {"recipe": name, "variant": variant, "seed": seed, "digest": digest(recipe), "seconds": round(seconds, 1),
             "curve": curve, "train": train[::max(1, len(train) // 40)],
-            "params": last["params"], "block_size": json.loads(recipe.read_text())["config"]["block_size"],
+            "params": last["params"], "block_size": resolved(recipe).block_size,
             "date": time.strftime("%Y-%m-%d"), "machine": MACHINE, "jobs": jobs}
 
 
@@ -147,7 +147,14 @@ def steps_in_the_time_of(other: str, recipe: Path, results: list[dict]) -> int:
         return runs[0]["curve"][-1]["tokens"], pace
 
     (tokens, pace), (whole, own_pace) = measured(other), measured(recipe.stem)
-    return round(tokens * pace / own_pace / whole * json.loads(recipe.read_text())["config"]["max_iters"])
+    return round(tokens * pace / own_pace / whole * resolved(recipe).max_iters)
+
+
+def resolved(recipe: Path):
+    """The recipe's configuration with the defaults of what it leaves out"""
+    sys.path.insert(0, str(ROOT))
+    from train import load_config
+    return load_config(["--config", str(recipe), "--device", "auto"]).config
 
 
 def digest(recipe: Path) -> str:
@@ -222,7 +229,8 @@ def write(results: list[dict], data: Path):
         by_name[f"{r['recipe']} {r['variant']}".strip(), letters[r["machine"]]].append(r)
     control = {}
     for label, files in (("tinyshakespeare", SHAKESPEARE), ("books", BOOKS)):
-        if any(name.startswith("books") == (files is BOOKS) for name, _ in by_name):
+        there = all((data / f).is_file() for f in files)
+        if there and any(name.startswith("books") == (files is BOOKS) for name, _ in by_name):
             text = np.frombuffer(b"".join((data / f).read_bytes() for f in files), dtype=np.uint8)
             cut = len(text) - len(text) // 10
             for block in sorted({BLOCK, *BLOCKS.values()}):
@@ -230,13 +238,14 @@ def write(results: list[dict], data: Path):
     figures = collections.defaultdict(lambda: collections.defaultdict(dict))
     for (name, machine), runs in by_name.items():
         if not runs[0]["variant"]:
-            figure = re.match(r"mixer_\d+|[a-z]+", name)[0]
+            figure = re.match(r"mixer_\d+|[^_]+", name)[0]
             figures[figure][machine][name.removeprefix(f"{figure}_")] = runs
     for figure, of_machines in figures.items():
         # seconds of one machine: that with the most recipes, among equals this one
         _, members = max(of_machines.items(), key=lambda item: (len(item[1]), item[0] == letters.get(MACHINE)))
         text, key = ("books", "val_loss") if figure == "books" else ("tinyshakespeare", "val_loss_reset")
-        plot(members, control[f"{text}, blocks of {BLOCKS.get(figure, BLOCK)}"], DOCS / f"learning_{figure}.png", key)
+        if (label := f"{text}, blocks of {BLOCKS.get(figure, BLOCK)}") in control:
+            plot(members, control[label], DOCS / f"learning_{figure}.png", key)
     dates = sorted({r["date"] for r in results})
     (DOCS / "learning.md").write_text(
         "# What the recipes learn\n\n"

@@ -5,6 +5,7 @@ import copy
 import itertools
 import math
 import random
+import sys
 import warnings
 
 import pytest
@@ -433,8 +434,9 @@ def test_flops_agree_with_pytorchs_counter():
         assert counter.get_total_flops() == sum(model.flops_per_token()) - convs
 
 
-def test_layer_table_counts_every_parameter_once():
-    model = make("hybrid")
+@pytest.mark.parametrize("kind", MIXERS)
+def test_layer_table_counts_every_parameter_once(kind):
+    model = make(kind)
     table = model.layer_table().splitlines()
     numbers = [int(line.split()[-3 if i < len(table) - 2 else -2].replace(",", "")) for i, line in enumerate(table)
                if i > 0]
@@ -475,6 +477,20 @@ def test_chunked_cross_entropy_equals_the_plain_one():
     for a, b in zip(torch.autograd.grad(chunked, (x, w)), reference):
         close(a, b, 1e-12)
     assert cross_entropy(x, w, torch.full((37,), -1)).item() == 0
+
+
+def test_a_compiler_leaves_the_chunks_of_the_loss_alone(monkeypatch):
+    """Unrolled, all of them would be in memory at once."""
+    monkeypatch.setattr(sys.modules["model"], "LOGITS_AT_ONCE", 4 * V)
+    model, idx, graphs = make("hybrid").eval(), torch.randint(V, (2, 8)), []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
+    (_, loss, _), (_, expected, _) = compiled(idx, idx), model(idx, idx)
+    parameters = [p for p in model.parameters() if p.numel()]
+    ours, theirs = (torch.autograd.grad(x, parameters) for x in (loss, expected))
+    for a, b in zip((loss, *ours), (expected, *theirs)):
+        close(a, b)
+    assert graphs and not any("softmax" in str(node.target) and "log" in str(node.target)
+                              for graph in graphs for node in graph.graph.nodes)
 
 
 def test_forward_interface():

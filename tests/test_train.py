@@ -108,6 +108,27 @@ def test_the_briefs_example_is_valid_and_cuda_is_never_a_silent_fallback(folder,
         assert '"auto"' in line and "--device cpu" in line
 
 
+def test_the_schema_follows_the_keys(folder):
+    """It appears beside a file that has none, and one of other keys is written anew."""
+    (folder / "current_configuration.json").write_text("{}")
+    for _ in range(2):
+        train.load_config(["--device", "cpu"])
+        assert json.loads((folder / train.SCHEMA_FILE).read_text()) == train.Settings.model_json_schema(by_alias=True)
+        (folder / train.SCHEMA_FILE).write_text("{}")
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name, rank, processes, index in (("auto", 0, 1, 0), ("cuda:1", 0, 1, 1), ("cuda", 1, 2, 1)):
+        assert train.choose_own_device(name, rank, processes) == torch.device("cuda", index) == current.pop()
+    for name, processes, words in (("cuda:1", 2, "each takes its own"), ("cuda", 3, "3 processes for 2 GPUs")):
+        with pytest.raises(train.RunError, match=words):
+            train.choose_own_device(name, 0, processes)
+
+
 def test_flags_win_and_fit_the_files_lists(folder):
     file = {"config": {"n_embd": [64, 32, 16, 64], "attention_type": ["mamba", "fractal", "standard", "mamba"],
                        "epochs": 3}}
