@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 import random
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -1332,16 +1333,17 @@ def cross_entropy(x, weight, targets):
 
 
 def chunked_cross_entropy(x, weight, targets):
-    return LinearCrossEntropy.apply(x, weight, targets, max(1, LOGITS_AT_ONCE // weight.shape[0]))
+    """LinearCrossEntropy out of reach of a compiler, which would unroll its loop and hold all chunks at once"""
+    apply = LinearCrossEntropy.apply
+    if "torch._dynamo" in sys.modules:  # else there is none, and torch.compiler.disable would import it
+        apply = torch.compiler.disable(apply)
+    return apply(x, weight, targets, max(1, LOGITS_AT_ONCE // weight.shape[0]))
 
 
-# A compiler would unroll its loop and hold all chunks at once. (torch.compiler.disable imports a compiler first.)
-chunked_cross_entropy._torchdynamo_disable = True
+chunked_cross_entropy._torchdynamo_disable = True  # of this function alone, not of what it calls
 
 
 if __name__ == "__main__":
-    import sys
-
     from prepare import DataError, Tokenizer
     from train import load_config
 
