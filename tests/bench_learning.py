@@ -33,6 +33,7 @@ import numpy as np
 from machine import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 DOCS, RUNS = ROOT / "docs", ROOT / "runs"
 SHAKESPEARE = ["tinyshakespeare.txt"]
 BOOKS = ["david_copperfield.txt", "don_quixote.txt", "great_expectations.txt", "middlemarch.txt", "moby_dick.txt",
@@ -152,8 +153,7 @@ def steps_in_the_time_of(other: str, recipe: Path, results: list[dict]) -> int:
 
 def resolved(recipe: Path):
     """The recipe's configuration with the defaults of what it leaves out"""
-    sys.path.insert(0, str(ROOT))
-    from train import load_config
+    from train import load_config  # here, because torch takes seconds
     return load_config(["--config", str(recipe), "--device", "auto"]).config
 
 
