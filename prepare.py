@@ -245,6 +245,8 @@ def _walk(folder, above):
             return
         for path in folder.iterdir():
             if path.name[0] != ".":
+                if path.exists() and not (path.is_dir() or path.is_file()):  # a named pipe would keep a reader waiting
+                    raise DataError(f"{path} is no file with text: move it away")
                 yield from _walk(path, above | {here}) if path.is_dir() else [path]
 
 

@@ -433,7 +433,7 @@ def plot_losses(metrics: list[dict], path: Path):
     ax = figure.subplots()
     for key, style in (("train_loss", {"lw": 0.8, "alpha": 0.6}), ("val_loss", {"marker": "o"}),
                        ("val_loss_reset", {"marker": "o", "ls": "--"})):
-        points = [(m["step"], m[key]) for m in metrics if key in m]
+        points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
         if points:
             ax.plot(*zip(*points), label=key, markersize=3, **style)
     ax.set(xlabel="step", ylabel="nats per token")
@@ -667,7 +667,8 @@ class Run:
         self.load_data()
         checkpoint = self.find_checkpoint()
         self.build_model(checkpoint)
-        self.step, self.tokens, self.best_val_loss, self.seconds_before = 0, 0, math.inf, 0.0
+        self.step, self.tokens, self.evaluated = 0, 0, 0  # evaluated: the step of the last evaluation
+        self.best_val_loss, self.seconds_before = math.inf, 0.0
         self.metrics, self.writer = [], None
         self.state = self.initial_state()
         torch.manual_seed(settings.seed + 1 + rank)
@@ -813,6 +814,7 @@ class Run:
 
     def restore(self, checkpoint: dict):
         self.step, self.tokens = checkpoint["step"], checkpoint["tokens"]
+        self.evaluated = checkpoint.get("evaluated", self.step)  # it may be older
         self.best_val_loss, self.seconds_before = checkpoint["best_val_loss"], checkpoint["seconds"]
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(saved)
@@ -840,7 +842,8 @@ class Run:
             "format": CHECKPOINT_FORMAT, "model": self.gathered(self.model.state_dict()), "model_args": self.model_args,
             "optimizer": [self.gathered(optimizer.state_dict()) for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds(), "best_val_loss": self.best_val_loss,
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds(),
+            "evaluated": self.evaluated, "best_val_loss": self.best_val_loss,
             "rng": [r for r, _ in ranks], "state": [s for _, s in ranks],
             "loader": self.loader.state_dict() | {"fingerprint": self.corpus.fingerprint},
             "config": self.settings.model_dump(by_alias=True), "tokenizer": self.tokenizer.name,
@@ -899,11 +902,13 @@ class Run:
     def log(self, **values):
         if self.rank > 0:
             return
+        values = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON knows no NaN
         self.metrics.append({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds(), 3), **values})
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(self.metrics[-1]) + "\n")
         for key, value in values.items():
-            self.writer.add_scalar(key, value, self.step)
+            if value is not None:
+                self.writer.add_scalar(key, value, self.step)
 
     def evaluate(self) -> bool:
         """Both validation losses; leaves the training state as it was. Returns whether val_loss is the lowest yet."""
@@ -917,6 +922,7 @@ class Run:
         self.log(val_loss=val_loss, val_loss_reset=reset_loss, val_bits_per_byte=bits, params=self.model.num_params())
         self.say(f"step {self.step}: val_loss {val_loss:.4f} nats/token with the state carried ({bits:.4f} bits/byte), "
                  f"{reset_loss:.4f} with each block on its own")
+        self.evaluated = self.step
         if best := val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
         return best
@@ -933,6 +939,13 @@ class Run:
                                        n_vocab=self.tokenizer.n_vocab))
             sample = torch.cat(tokens).tolist()
             self.say(f"--- sample\n{self.tokenizer.decode(sample)}\n---")
+
+    def review(self, saves: bool):
+        """An evaluation and what it shows; meanwhile the best model is written and, if asked, the step's checkpoint."""
+        with self.as_written():
+            best = self.evaluate()
+            with self.saving(best, saves):
+                self.show()
 
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step over gradient_accumulation_steps batches; returns loss, learning rate, gradient norm. The
@@ -997,6 +1010,8 @@ class Run:
         self.model.train()
         with tqdm(total=self.max_iters, initial=self.step, disable=self.rank > 0, unit="step", dynamic_ncols=True,
                   mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+            if self.step % config.eval_interval == 0 and self.evaluated < self.step:  # a signal came before it
+                self.review(saves=False)
             while self.step < self.max_iters and not stop:
                 loss, lr, grad_norm = self.train_step()
                 losses.append(loss)
@@ -1017,10 +1032,7 @@ class Run:
                 # not amid bad steps: the weights before them may be the reason
                 saves = (self.step % config.checkpoint_interval == 0 and not bad_steps) or last or stop
                 if (self.step % config.eval_interval == 0 or last) and not stop:
-                    with self.as_written():
-                        best = self.evaluate()
-                        with self.saving(best, saves):
-                            self.show()
+                    self.review(saves)
                 elif saves:
                     with self.saving(best=False, step=True):
                         pass

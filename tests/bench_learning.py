@@ -128,7 +128,8 @@ def record(recipe: Path, seed: int, folder_of_text: Path, jobs: int, variant: st
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [{k: m[k] for k in ("tokens", "seconds", "val_loss", "val_loss_reset")} for m in lines if "val_loss" in m]
-    train = [(m["tokens"], round(m["seconds"], 1), round(m["train_loss"], 3)) for m in lines if "train_loss" in m]
+    train = [(m["tokens"], round(m["seconds"], 1), round(m["train_loss"], 3)) for m in lines
+             if m.get("train_loss") is not None]
     last = next(m for m in reversed(lines) if "val_loss" in m)
     return {"recipe": name, "variant": variant, "seed": seed, "digest": digest(recipe), "seconds": round(seconds, 1),
             "curve": curve, "train": train[::max(1, len(train) // 40)],

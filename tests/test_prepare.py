@@ -212,6 +212,9 @@ def test_visible_files(tmp_path):
     assert visible_files(tmp_path / "nowhere") == []
     with pytest.raises(DataError, match=r"b\.txt is a file.*folder"):
         visible_files(tmp_path / "b.txt")
+    os.mkfifo(tmp_path / "a/pipe")
+    with pytest.raises(DataError, match=r"pipe is no file with text"):
+        visible_files(tmp_path)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path, byte):

@@ -463,6 +463,7 @@ def test_a_validation_split_that_predicts_nothing_is_an_error(folder):
 def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
     settings = train.load_config([*TINY, "--max_iters", "30", "--max_bad_steps", "3", "--checkpoint_interval", "1",
                                   "--keep_checkpoints", "9"])
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
     this = train.Run(settings, torch.device("cpu"), 0, 1)
     forward, calls = this.model.forward, Counter()
 
@@ -488,6 +489,10 @@ def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
         this.main()
     assert {s: v for s, v in before.items() if v == (True, True)}.keys() == {2, 5, 6, 7}
     assert [p.name[-4:-3] for p in train.checkpoints(folder / "checkpoints")] == ["1", "3", "4"]
+    text = (folder / "checkpoints/metrics.jsonl").read_text()
+    assert "NaN" not in text, "strict JSON"
+    missing = [line["step"] for line in map(json.loads, text.splitlines()) if line["train_loss"] is None]
+    assert missing == [2, 5, 6]  # the seventh ended the run
     assert this.writer.all_writers is None, "closed: its thread would write on, wherever the process is by then"
 
 
@@ -644,23 +649,38 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(folder, number):
     assert train.load_checkpoint(folder / f"checkpoints/checkpoint_step_{step:06d}.pt")["step"] == step
 
 
-def test_a_signal_in_the_last_step_comes_too_late(folder, capsys):
-    settings = train.load_config([*TINY, "--max_iters", "3"])
-    this = train.Run(settings, torch.device("cpu"), 0, 1)
-    step, old = this.train_step, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+@pytest.fixture
+def signalled(monkeypatch):
+    """signalled(n): step n, counted from 1, gets a signal"""
+    def at(n):
+        step = train.Run.train_step
 
-    def signalled():
-        if this.step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return step()
+        def train_step(this):
+            if this.step == n - 1:
+                signal.raise_signal(signal.SIGTERM)
+            return step(this)
 
-    this.train_step = signalled
-    try:
-        this.main()
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        monkeypatch.setattr(train.Run, "train_step", train_step)
+    return at
+
+
+def test_a_signal_in_the_last_step_comes_too_late(folder, capsys, signalled):
+    signalled(3)
+    this = run("--max_iters", 3)
     assert "val_loss" in this.metrics[-1] and "lowest val_loss" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_a_signal_put_off_is_made_on_resume(folder, signalled):
+    flags = ["--max_iters", 6, "--eval_interval", 2]
+
+    def evaluations(this):
+        return [(m["step"], m["val_loss"]) for m in this.metrics if "val_loss" in m]
+
+    expected = evaluations(run(*flags))
+    signalled(4)
+    stopped = run(*flags)
+    assert stopped.step == 4 and evaluations(stopped) == expected[:1]
+    assert evaluations(run(*flags, "--init_from", "resume")) == expected
 
 
 FSDP = ["--fsdp", "true", "--optimizer", "muon", "--gradient_accumulation_steps", "2"]
