@@ -50,7 +50,7 @@ class GPTConfig(BaseModel):
 
     vocab_size: PositiveInt | None = Field(None, description="rows of the embedding table; null: the tokenizer's")
     block_size: PositiveInt = Field(128, description="tokens of one training block")
-    n_layer: PositiveInt | None = Field(None, description="number of layers; null: the length of the lists below")
+    n_layer: PositiveInt | None = Field(None, description="number of layers; null: as many as the lists have, or 4")
     n_embd: PositiveInt | list[PositiveInt] = Field(128, description="width of each layer")
     n_head: PositiveInt | list[PositiveInt | None] | None = Field(None, description="heads a layer; null: width // 64")
     attention_type: Mixer | list[Mixer] = Field("standard", description="mixer of each layer")
@@ -86,6 +86,12 @@ class GPTConfig(BaseModel):
 
     @model_validator(mode="after")
     def _resolve(self):
+        if mistakes := self._complete():
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    def _complete(self) -> list[str]:
+        """Fill in what is null; returns the mistakes between keys, a line each."""
         mistakes = []
         per_layer = ("n_embd", "n_head", "attention_type", "ffn_mult")
         lengths = {key: len(getattr(self, key)) for key in per_layer if isinstance(getattr(self, key), list)}
@@ -94,9 +100,9 @@ class GPTConfig(BaseModel):
         n_layer = next(iter(lengths.values()), 4)
         if len(set(lengths.values())) > 1:
             described = ", ".join(f"{key} gives {n} layers" for key, n in lengths.items())
-            raise ValueError(f"{described}: make them equal, or give one value for all layers")
+            return [f"{described}: make them equal, or give one value for all layers"]
         if n_layer == 0:
-            raise ValueError(f"{next(iter(lengths))}: an empty list; give one entry for each layer")
+            return [f"{next(iter(lengths))}: an empty list; give one entry for each layer"]
         self.n_layer = n_layer
         for key in per_layer:
             if not isinstance(getattr(self, key), list):
@@ -116,10 +122,7 @@ class GPTConfig(BaseModel):
             self.tie_weights = self.n_embd[0] == self.n_embd[-1]
         if self.position == "learned" and self.window < self.block_size:
             mistakes.append(f"window: {self.window} with learned positions; it must be block_size = {self.block_size}")
-        mistakes += self._draw_fractals()
-        if mistakes:
-            raise ValueError("\n".join(mistakes))
-        return self
+        return mistakes + self._draw_fractals()
 
     def _draw_fractals(self) -> list[str]:
         """Depths C and widths H of every module, from fractal_seed alone; lists that are given stay as they are."""
@@ -335,10 +338,10 @@ def map_state(f, state):
 
 def rotary_table(S: int, hs: int, dtype: torch.dtype, device: torch.device):
     """cos and sin (S, hs) of RoFormer's rotations (arXiv 2104.09864), base 10000, positions 0 .. S-1, for rotate."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    frequency = 10000.0 ** (-torch.arange(0, hs, 2, dtype=wide, device=device) / hs)
-    angle = torch.outer(torch.arange(S, dtype=wide, device=device), frequency)  # (S, hs / 2)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    exact = dict(dtype=torch.float64, device="cpu")  # angles in float32 would be S 2^-24 off, and MPS has no float64
+    frequency = 10000.0 ** (-torch.arange(0, hs, 2, **exact) / hs)
+    angle = torch.outer(torch.arange(S, **exact), frequency)  # (S, hs / 2)
+    cos, sin = (x.to(device, dtype) for x in (angle.cos(), angle.sin()))
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
@@ -517,7 +520,7 @@ class NativeAttention(torch.autograd.Function):
         (all_k, all_v), wide_q = q.new_empty(2, B, nh, more + P + T, hs), q.new_empty(B, nh, T, hs)
         all_k[:, :, :more], all_v[:, :, :more] = 0, 0
         if P:
-            turn(code, past_k.to(k.dtype), all_k[:, :, more : more + P], cos[:P], sin[:P])
+            turn(code, past_k.to(k.dtype).contiguous(), all_k[:, :, more : more + P], cos[:P], sin[:P])
             all_v[:, :, more : more + P] = past_v
         turn(code, k, all_k[:, :, more + P:], *ctx.table)
         turn(code, q, wide_q, *ctx.table_q)
@@ -1284,7 +1287,8 @@ LOGITS_AT_ONCE = 2**22  # float32 logits held at a time: 16 MiB
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross entropy of softmax(x w^T), x (N, C), w (V, C), targets (N,), with -1 ignored, in chunks of rows.
-    The gradients are made along with the loss: no (N, V) tensor outlives its chunk, nothing is recomputed."""
+    The gradients are made along with the loss: no (N, V) tensor outlives its chunk, nothing is recomputed, and there
+    is one backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, chunk):

@@ -392,8 +392,10 @@ def temporary_file(folder: Path):
     try:
         yield f
     finally:
-        f.close()
-        Path(f.name).unlink(missing_ok=True)
+        try:
+            f.close()  # which writes what is held back: on a full disk it fails again
+        finally:
+            Path(f.name).unlink(missing_ok=True)
 
 
 def publish(f, path: Path):
@@ -484,9 +486,9 @@ def download(name: str, dataset: Path) -> Path:
             if (actual := _sha256(f.name)) != sha256:
                 raise DataError(f"{url} sent SHA-256 {actual}, expected {sha256}: nothing was kept, try again")
             publish(f, target)
-    except (zipfile.BadZipFile, zlib.error, KeyError) as e:
+    except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as e:  # the last: encrypted, another compression
         raise DataError(f"{url} sent no zip file with {filename} in it: nothing was kept, try again") from e
-    except (OSError, http.client.HTTPException) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:  # a length that is no number
         raise DataError(f"cannot download {url} to {target} ({e}): check the network and the disk, try again") from e
     return target
 

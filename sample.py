@@ -38,7 +38,7 @@ from model import GPT, GPTConfig, RMSNorm, eager_cpu, map_state, product_type, r
 from prepare import DataError, Tokenizer, publish, temporary_file, text_chunks
 
 CHECKPOINT_FORMAT = 1
-NOT_FINITE = "what the model computes is not finite; use an earlier checkpoint"
+NOT_FINITE = "what the model computes is not finite; use an earlier checkpoint, or --dtype float32"
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_samples", "stop",
             "seed")  # flags that --score and --encode have no use for
 COMPILE_FROM = 2**20  # bytes of a file: to compile the scan for a CPU takes longer than to read less as it is
@@ -80,14 +80,21 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict:
     return checkpoint
 
 
+@contextlib.contextmanager
+def fitting(checkpoint):
+    """Within, a checkpoint meets the code of today: SampleError, with its name, where the two do not fit."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise SampleError(f"{checkpoint} does not fit this model.py: {' '.join(str(e).split())[:300]}") from None
+
+
 def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
     """The model of a checkpoint, in eval mode, and the checkpoint. Raises SampleError."""
     checkpoint = load_checkpoint(path, mmap=True)  # the optimizer's state stays on the disk
-    try:
+    with fitting(path):
         model = GPT(GPTConfig(**checkpoint["model_args"]))
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise SampleError(f"{path} does not fit this model.py: {' '.join(str(e).split())[:300]}") from None
     return model.to(device).eval(), checkpoint
 
 
@@ -365,14 +372,14 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
         recent = idx[:, -block_size:] if learned else idx[:, :0]
         logits, state = prefill(model, recent if learned else idx)
         seen = torch.zeros_like(logits[:, -1], dtype=torch.bool).scatter_(1, idx, True)  # (B, V)
-        if not logits.isfinite().all():
-            raise SampleError(NOT_FINITE)
         logits, state, recent, seen = map_state(
             lambda t: t.repeat_interleave(num_samples, 0), (logits, state, recent, seen))
         in_shares = any(hasattr(p, "full_tensor") for p in model.parameters())  # FSDP: whole within forward only
         step = None if in_shares else decoder(model, state)
         for i in range(max_new_tokens):
             row = logits[:, -1].to(wide)  # (B, V)
+            if not row.sum().isfinite():  # else a token past the last would be drawn
+                raise SampleError(NOT_FINITE)
             if repetition_penalty != 1:
                 row = torch.where(seen, torch.where(row > 0, row / repetition_penalty, row * repetition_penalty), row)
             token = next_token(row[:, :n_vocab], temperature, top_k, top_p, min_p, generator)  # (B, 1)

@@ -45,7 +45,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    model_validator,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -54,7 +53,7 @@ from tqdm import tqdm
 import kernels
 from model import GPT, Block, GPTConfig, Probability, map_state
 from prepare import DataError, DataLoader, Tokenizer, eval_blocks, eval_lanes, load_corpus
-from sample import CHECKPOINT_FORMAT, SampleError, choose_device, generate, load_checkpoint
+from sample import CHECKPOINT_FORMAT, SampleError, choose_device, fitting, generate, load_checkpoint
 
 CONFIG_FILE = Path("current_configuration.json")
 SCHEMA_FILE = Path("current_configuration.schema.json")
@@ -95,9 +94,8 @@ class Config(GPTConfig):
     keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
     max_bad_steps: PositiveInt = Field(20, description="skipped steps (loss or gradient not finite) in a row that stop")
 
-    @model_validator(mode="after")
-    def _check_training(self):
-        mistakes = []
+    def _complete(self) -> list[str]:
+        mistakes = super()._complete()
         if self.max_iters is not None and self.epochs is not None:
             mistakes.append(f"epochs: {self.epochs} beside max_iters {self.max_iters}; give one of the two")
         if self.max_iters is None and self.epochs is None:
@@ -106,9 +104,7 @@ class Config(GPTConfig):
             self.min_lr = self.learning_rate / 10
         if self.min_lr > self.learning_rate:
             mistakes.append(f"min_lr: {self.min_lr} is above learning_rate {self.learning_rate}")
-        if mistakes:
-            raise ValueError("\n".join(mistakes))
-        return self
+        return mistakes
 
 
 class Settings(BaseModel):
@@ -247,6 +243,8 @@ def read_file(path: Path) -> tuple[dict, list[str]]:
         return {}, [f"{path}: cannot be read: {error}"]
     except json.JSONDecodeError as error:
         return {}, [f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"]
+    except ValueError as error:  # a number of thousands of digits
+        return {}, [f"{path}: cannot be read: {error}"]
     if not isinstance(content, dict) or not isinstance(content.get("config", {}), dict):
         return {}, [f'{path}: must be an object whose "config" is an object']
     mistakes, flat = [], {}
@@ -314,7 +312,7 @@ def write_schema():
     """The schema of the keys as they are now beside the configuration file, for an editor."""
     text = json.dumps(Settings.model_json_schema(by_alias=True), indent=2) + "\n"
     with contextlib.suppress(OSError):  # nothing depends on it
-        if CONFIG_FILE.exists() and not (SCHEMA_FILE.exists() and SCHEMA_FILE.read_text(encoding="utf-8") == text):
+        if CONFIG_FILE.exists() and not (SCHEMA_FILE.exists() and SCHEMA_FILE.read_bytes() == text.encode()):
             write_atomically(SCHEMA_FILE, text)
 
 
@@ -345,12 +343,13 @@ def load_config(argv: list[str] | None = None) -> Settings:
         except SampleError:
             mistakes = [f'device: "{settings.device}", but PyTorch sees no such device here; set "device": "auto" in '
                         'the file or add --device cpu']
-    for line in mistakes:
-        print(f"error: {line}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes one speaks
+        for line in mistakes:
+            print(f"error: {line}", file=sys.stderr)
+        for note in [] if mistakes else notes:
+            print(f"note: {note}")
     if mistakes:
         sys.exit(2)
-    for note in notes:
-        print(f"note: {note}")
     return settings
 
 
@@ -360,6 +359,23 @@ def load_config(argv: list[str] | None = None) -> Settings:
 
 class RunError(Exception):
     """A mistake that only shows once the run's files are read; its text is one line."""
+
+
+def lock(folder: Path) -> int | None:
+    """The folder as a file that one run at a time holds, where the system can. Raises RunError."""
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise RunError(f"checkpoint_dir: another run writes to {folder}/; wait for its end, or give this one "
+                           "another --checkpoint_dir") from None
+        except OSError:  # some network disks
+            pass
+        return file
 
 
 def archive_run(folder: Path):
@@ -382,15 +398,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def newest_checkpoint(folder: Path) -> dict:
+def newest_checkpoint(folder: Path, say) -> dict:
     """The newest checkpoint_step that loads; damaged ones are named and passed over."""
     for path in reversed(checkpoints(folder)):
         try:
             checkpoint = load_checkpoint(path)
-            print(f"resuming from {path}")
+            say(f"resuming from {path}")
             return checkpoint
         except SampleError as error:
-            print(f"warning: {error}; trying the one before")
+            say(f"warning: {error}; trying the one before")
     raise RunError(f"init_from: no checkpoint_step_*.pt to resume in {folder}/; leave --init_from out to start a run")
 
 
@@ -420,7 +436,7 @@ def read_metrics(path: Path, last_step: int) -> list[dict]:
     """The lines of metrics.jsonl up to a step; a line cut short by a kill is left out."""
     metrics = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 metrics.append(json.loads(line))
     return [m for m in metrics if m["step"] <= last_step]
@@ -649,8 +665,11 @@ def resume_command(max_iters: int | None = None) -> str:
             kept.append(word)
         elif not has_value:
             next(words, None)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    program = ["torchrun", f"--nproc_per_node={here}", "train.py"] if "WORLD_SIZE" in os.environ else ["train.py"]
+    program = ["train.py"]
+    if "WORLD_SIZE" in os.environ:
+        sizes = [(name, int(os.environ.get(key, 1))) for name, key in (("nnodes", "GROUP_WORLD_SIZE"),
+                                                                        ("nproc_per_node", "LOCAL_WORLD_SIZE"))]
+        program = ["torchrun", *(f"--{name}={n}" for name, n in sizes if n > 1 or name != "nnodes"), *program]
     return shlex.join(["uv", "run", *program, *kept, *itertools.chain(*changed.items())])
 
 
@@ -664,12 +683,15 @@ class Run:
         self.folder = Path(settings.checkpoint_dir)
         self.carries = self.config.sequential and self.config.carry_state
         self.sharded = settings.fsdp and world_size > 1
-        self.load_data()
+        self.tokenizer = Tokenizer(self.config.tokenizer)
         checkpoint = self.find_checkpoint()
+        self.load_data()
+        if settings.init_from == "resume":
+            check_resumable(checkpoint, settings, self.corpus.fingerprint, world_size)
         self.build_model(checkpoint)
         self.step, self.tokens, self.evaluated = 0, 0, 0  # evaluated: the step of the last evaluation
         self.best_val_loss, self.seconds_before = math.inf, 0.0
-        self.metrics, self.writer = [], None
+        self.metrics, self.writer, self.lock = [], None, None
         self.state = self.initial_state()
         torch.manual_seed(settings.seed + 1 + rank)
         if settings.init_from == "resume":
@@ -677,8 +699,11 @@ class Run:
         self.stopping = False
 
     def load_data(self):
-        config = self.config
-        self.tokenizer = Tokenizer(config.tokenizer)
+        config, dataset = self.config, Path(self.settings.dataset)
+        inside = self.folder.resolve().relative_to(dataset.resolve(), walk_up=True).parts
+        if not any(part[0] == "." for part in inside):
+            raise RunError(f"checkpoint_dir: {self.folder}/ is in the data set {dataset}/, where the run's own files "
+                           "would be taken for text; give another")
         self.corpus = corpus = load_corpus(self.settings.dataset, self.tokenizer, progress=self.rank == 0)
         train_tokens, self.val_tokens = corpus.split(config.val_fraction)
         if not (self.val_tokens[1:] != self.tokenizer.eot).any():
@@ -697,13 +722,13 @@ class Run:
                  f"tokenizer {self.tokenizer.name}")
 
     def find_checkpoint(self) -> dict | None:
-        init_from = self.settings.init_from
+        init_from, n_vocab = self.settings.init_from, self.tokenizer.n_vocab
+        if (self.config.vocab_size or n_vocab) < n_vocab:
+            raise RunError(f"vocab_size: {self.config.vocab_size}, but the tokenizer has {n_vocab}; set it to null")
         if init_from == "scratch":
             return None
         if init_from == "resume":
-            checkpoint = newest_checkpoint(self.folder)
-            check_resumable(checkpoint, self.settings, self.corpus.fingerprint, self.world_size)
-            return checkpoint
+            return newest_checkpoint(self.folder, self.say)
         checkpoint = self.pretrained() if names_a_hub_model(init_from) else load_checkpoint(Path(init_from))
         if checkpoint["tokenizer"] != self.tokenizer.name:
             raise RunError(f"tokenizer: {self.tokenizer.name}, but {init_from} was trained on "
@@ -723,14 +748,13 @@ class Run:
         return {"model_args": model.config.model_dump(), "model": model.state_dict(), "tokenizer": "gpt2"}
 
     def build_model(self, checkpoint: dict | None):
-        config, settings, n_vocab = self.config, self.settings, self.tokenizer.n_vocab
+        config, settings = self.config, self.settings
         self.model_args = {key: value for key, value in config.model_dump().items() if key in GPTConfig.model_fields}
-        if config.vocab_size is not None and config.vocab_size < n_vocab:
-            raise RunError(f"vocab_size: {config.vocab_size}, but the tokenizer has {n_vocab}; set it to null")
-        self.model_args["vocab_size"] = config.vocab_size or n_vocab
+        self.model_args["vocab_size"] = config.vocab_size or self.tokenizer.n_vocab
         if checkpoint is not None:
             ours = {key: self.model_args[key] for key in NOISE}
-            theirs = GPTConfig(**checkpoint["model_args"]).model_dump() | ours
+            with fitting(f"init_from {settings.init_from}: the checkpoint"):
+                theirs = GPTConfig(**checkpoint["model_args"]).model_dump() | ours
             if theirs["position"] == "learned" and config.block_size > theirs["block_size"]:
                 raise RunError(f"block_size: {config.block_size}, but {settings.init_from} has "
                                f"{theirs['block_size']} positions")
@@ -741,7 +765,8 @@ class Run:
         torch.manual_seed(settings.seed)
         self.model = GPT(GPTConfig(**self.model_args))
         if checkpoint is not None:
-            self.model.load_state_dict(checkpoint["model"])
+            with fitting(f"init_from {settings.init_from}: the checkpoint"):
+                self.model.load_state_dict(checkpoint["model"])
         self.model.to(self.device)
         self.say(self.model.layer_table())
 
@@ -887,10 +912,13 @@ class Run:
         return self.seconds_before + time.time() - START
 
     def open_logs(self):
+        if self.world_size > 1:
+            dist.barrier()  # all have read what is moved now
         if self.rank > 0:
             return
         from torch.utils.tensorboard import SummaryWriter
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder)
         for path in self.folder.glob(".*.pt.*.tmp"):  # of a run that was killed while it wrote
             path.unlink()
         if self.settings.init_from != "resume":
@@ -911,10 +939,11 @@ class Run:
                 self.writer.add_scalar(key, value, self.step)
 
     def evaluate(self) -> bool:
-        """Both validation losses; leaves the training state as it was. Returns whether val_loss is the lowest yet."""
-        config, eot = self.config, self.tokenizer.eot
-        lanes = eval_lanes(self.val_tokens, config.eval_lanes, config.block_size, eot)
-        blocks = eval_blocks(self.val_tokens, config.eval_lanes, config.block_size, eot)
+        """Both validation losses, of the same text; leaves the training state as it was. Returns whether val_loss is
+        the lowest yet."""
+        config = self.config
+        lanes, blocks = (cut(self.val_tokens, config.eval_lanes, config.block_size, self.tokenizer.eot)
+                         for cut in (eval_lanes, eval_lanes if config.eval_iters else eval_blocks))
         (val_loss, bits), (reset_loss, _) = (
             evaluate(self.model, itertools.islice(batches, config.eval_iters), self.device, self.autocast,
                      self.token_bytes, carried, self.rank, self.world_size)
@@ -934,11 +963,13 @@ class Run:
         if self.rank == 0 or self.sharded:
             generator = torch.Generator(self.device).manual_seed(self.settings.seed)
             start = torch.full((1, 1), self.tokenizer.eot, device=self.device)
-            with self.autocast:
-                tokens = list(generate(self.model, start, SAMPLE_TOKENS, generator=generator,
-                                       n_vocab=self.tokenizer.n_vocab))
-            sample = torch.cat(tokens).tolist()
-            self.say(f"--- sample\n{self.tokenizer.decode(sample)}\n---")
+            try:
+                with self.autocast:
+                    tokens = list(generate(self.model, start, SAMPLE_TOKENS, generator=generator,
+                                           n_vocab=self.tokenizer.n_vocab))
+                self.say(f"--- sample\n{self.tokenizer.decode(torch.cat(tokens).tolist())}\n---")
+            except SampleError as error:
+                self.say(f"no sample: {error}")
 
     def review(self, saves: bool):
         """An evaluation and what it shows; meanwhile the best model is written and, if asked, the step's checkpoint."""
@@ -961,7 +992,7 @@ class Run:
         total = counts.sum()
         if self.world_size > 1:
             dist.all_reduce(total)
-        state_before, step_loss = self.state, torch.zeros((), device=self.device)
+        step_loss = torch.zeros((), device=self.device)
         for i, (x, y, reset) in enumerate(batches):
             last = i == len(batches) - 1
             if self.sharded:
@@ -983,8 +1014,8 @@ class Run:
         if torch.isfinite(step_loss) and torch.isfinite(grad_norm):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-        else:
-            self.state = state_before
+        elif not torch.isfinite(step_loss):  # nor is the state, perhaps
+            self.state = self.initial_state()
         self.scaler.update()
         self.step += 1
         self.tokens += self.tokens_per_step
@@ -1018,7 +1049,8 @@ class Run:
                 bad_steps = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else bad_steps + 1
                 if bad_steps == config.max_bad_steps:
                     raise RunError(f"loss or gradients were not finite in {bad_steps} steps in a row, up to step "
-                                   f"{self.step}; lower learning_rate and start from a checkpoint in {self.folder}/")
+                                   f"{self.step}; lower learning_rate and start from a checkpoint in {self.folder}/, "
+                                   "from an older one if the newest does the same")
                 bar.update()
                 last = self.step == self.max_iters
                 if self.step % LOG_EVERY == 0 or last:
@@ -1043,13 +1075,15 @@ class Run:
         if self.step >= self.max_iters:
             self.say(f"already at step {self.step} of max_iters {self.max_iters}; raise --max_iters to train on")
             return
-        self.open_logs()
         gc.enable()
         try:
+            self.open_logs()
             finished = self.loop()
         finally:
             if self.writer is not None:
                 self.writer.close()
+            if self.lock is not None:
+                os.close(self.lock)
         if not finished:
             self.say(f"stopped at step {self.step} of {self.max_iters}, saved in {self.folder}/; to go on:\n"
                      f"  {resume_command()}")
@@ -1108,7 +1142,7 @@ def main():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         Run(settings, device, rank, world_size).main()
     except (RunError, SampleError, DataError, OSError) as error:
-        if rank == 0:
+        if local_rank == 0:  # another machine may lack what this one has
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:

@@ -289,9 +289,11 @@ def main():
     if args.again:
         results = [r for r in results if (r["recipe"], r["seed"], r["variant"]) not in asked]
     on_record = {(r["recipe"], r["seed"], r["variant"]) for r in results}
+    runs = [(recipe, seed) for recipe, seed in runs if (recipe.stem, seed, variant) not in on_record]
+    texts = {recipe: stage(args.data, recipe.stem) for recipe, _ in runs}  # ends here where one is missing
     with ThreadPoolExecutor(args.jobs) as pool:
-        todo = [pool.submit(record, recipe, seed, stage(args.data, recipe.stem), args.jobs, variant, steps[recipe])
-                for recipe, seed in runs if (recipe.stem, seed, variant) not in on_record]
+        todo = [pool.submit(record, recipe, seed, texts[recipe], args.jobs, variant, steps[recipe])
+                for recipe, seed in runs]
         for run in as_completed(todo):
             results.append(run.result())
             store.write_text("[\n" + ",\n".join(json.dumps(r) for r in elsewhere + results) + "\n]\n")

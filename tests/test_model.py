@@ -423,15 +423,20 @@ def test_skip_connections_start_at_zero_and_pair_mirrors():
 def test_flops_agree_with_pytorchs_counter():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    for kind in ("standard", "fractal"):
+    for kind in MIXERS:
         model = make(kind, window=8, fractal_depth_range=[2, 2], fractal_dim_range=[16, 16],
                      skip_connections=True).eval()
         state = model.initial_state(1)
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model(torch.zeros(1, 1, dtype=torch.long), state=state)
-        convs = 2 * sum(2 ** C * 4 * H - 4 * H for b in model.h if kind == "fractal"
-                        for C, H in zip(b.mixer.depths, b.mixer.dims))  # taps are not matrix products
-        assert counter.get_total_flops() == sum(model.flops_per_token()) - convs
+        rest = 0  # taps are not matrix products, nor are Mamba's decay and input
+        for block in model.h:
+            mixer = block.mixer
+            if block.kind == "fractal":
+                rest += 2 * sum((2 ** C - 1) * 4 * H for C, H in zip(mixer.depths, mixer.dims))
+            elif block.kind == "mamba":
+                rest += 2 * mixer.d_inner * (4 + 2 * mixer.d_state)
+        assert counter.get_total_flops() == sum(model.flops_per_token()) - rest
 
 
 @pytest.mark.parametrize("kind", MIXERS)
@@ -622,7 +627,8 @@ def test_native_attention_is_softmax_in_float64(monkeypatch, two_threads, dtype,
         inputs, state = x.to(mixer.c_attn.weight.dtype).requires_grad_(), None
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and mixer is not exact):
             y1, state = mixer(inputs[:, :T], None, None)
-            y2, state = mixer(inputs[:, T:], map_state(torch.Tensor.detach, state), reset)
+            other_strides = map_state(lambda t: t.detach().mT.contiguous().mT, state)
+            y2, state = mixer(inputs[:, T:], other_strides, reset)
         assert len(applied) == 2 * native
         k, v, _ = state
         loss = (torch.cat((y1, y2), 1).double() * dy).sum() + (k.double() + v.double()).square().sum()
@@ -662,7 +668,7 @@ def test_dropout_of_attention_has_the_gradients_of_the_weights_it_kept():
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 512, 64), (3, 2, 7, 6), (2, 1, 0, 4)])  # in three pieces, in one, empty
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.003)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-7), (torch.bfloat16, 0.003)])
 def test_rotary_positions_are_products_of_complex_numbers(shape, dtype, tolerance):
     S, hs = shape[2:]
     x, dy = (torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2).to(dtype) for _ in range(2))
@@ -883,3 +889,41 @@ def test_mamba_logits_equal_transformers(tmp_path, tied):
         close(ours(idx)[0], expected, 1e-5)
         stepped, _ = run_chunks(ours, idx, [1] * 33, state=ours.initial_state(2))
     close(stepped, expected, 1e-5)
+
+
+def test_dropout_of_embedding_and_branches():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=9, n_embd=64, n_layer=1, dropout=0.25)).train()
+    block, seen = model.h[0], []
+    block.mixer.forward = lambda x, state, reset: (torch.ones_like(x), state)
+    block.ffn.forward = torch.ones_like
+    block.register_forward_hook(lambda _, args, out: seen.extend((args[0], out[0] - args[0])))
+    idx = torch.randint(9, (8, 100))
+    model(idx)
+    x, added = seen
+    kept = x != 0
+    torch.testing.assert_close(x[kept], model.wte(idx)[kept] / 0.75)
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.02)
+    for value, share in ((0, 1 / 16), (4 / 3, 6 / 16), (8 / 3, 9 / 16)):  # of two branches none, one or both
+        assert ((added - value).abs() < 1e-4).float().mean().item() == pytest.approx(share, abs=0.02)
+
+
+def test_initial_weights_are_those_of_the_table():
+    keys = dict(vocab_size=999, n_embd=[256, 128, 128], attention_type=["mamba", "fractal", "standard"],
+                fractal_dim_range=[64, 64], fractal_depth_range=[2, 2])
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**keys))
+    mamba, fractal, attention = (block.mixer for block in model.h)
+    small = 0.02 / math.sqrt(6)
+    for weight, std in ((model.wte.weight, 0.02), (attention.c_attn.weight, 0.02), (attention.c_proj.weight, small),
+                        (model.h[0].ffn.c_proj.weight, small), (fractal.W_out.weight, small),
+                        (model.h[1].resize.weight, 1 / 16), (fractal.W_in.weight, 128**-0.5),
+                        (fractal.fractals[0].M[1].weight, math.sqrt(2.8 / 64)),
+                        (torch.cat([c for m in fractal.fractals for c in m.conv]), 0.5),
+                        (mamba.out_proj.weight, 512**-0.5 / 3), (mamba.dt_proj.weight, 16**-0.5 / math.sqrt(3))):
+        assert weight.std().item() == pytest.approx(std, rel=0.06)
+    dt = torch.nn.functional.softplus(mamba.dt_proj.bias)
+    assert 0.00099 < dt.min() < 0.002 and 0.05 < dt.max() < 0.101
+    still = GPT(GPTConfig(**keys | dict(zero_init=True, n_embd=128)))
+    idx = torch.randint(999, (2, 9))
+    assert torch.equal(still.trunk(idx)[0], still.wte(idx))

@@ -3,6 +3,7 @@ import http.server
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +24,18 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 import prepare
-from prepare import DataError, DataLoader, Tokenizer, eval_blocks, eval_lanes, load_corpus, text_chunks, visible_files
+from prepare import (
+    DataError,
+    DataLoader,
+    Tokenizer,
+    eval_blocks,
+    eval_lanes,
+    load_corpus,
+    publish,
+    temporary_file,
+    text_chunks,
+    visible_files,
+)
 
 ROOT = Path(prepare.__file__).parent
 
@@ -202,6 +214,19 @@ def test_invalid_utf8_names_file_and_offset(gpt2, tmp_path, monkeypatch, parts):
 
 
 # ---------------------------------------------------------------------------------------------- files
+
+
+def test_a_full_disk_keeps_no_temporary_file(tmp_path):
+    """What is held back until the file is closed fails once more there."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError), temporary_file(tmp_path) as f:
+            f.write(bytes(2000))
+            publish(f, tmp_path / "whole")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_visible_files(tmp_path):

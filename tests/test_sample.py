@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import sample
 from model import GPT, GPTConfig
 from prepare import Tokenizer
-from sample import SampleError, TextStream, generate, load_model, main, next_token
+from sample import NOT_FINITE, SampleError, TextStream, generate, load_model, main, next_token
 
 ROOT = Path(__file__).resolve().parent.parent
 EOT = 256
@@ -508,6 +508,11 @@ def test_unusable_models_and_files(capsys, hybrid, tmp_path):
     for job in ((), ("--score", tmp_path / "f"), ("--encode", tmp_path / "f", "--output", output)):
         assert "not finite" in error_of(capsys, "--model_path", broken, *job)
     assert not output.exists()
+    model.wte.weight.data[:200], model.wte.weight.data[200:] = math.nan, 0  # what comes after is, not the prompt
+    with pytest.raises(SystemExit):
+        main(["--model_path", str(save(model, broken)), "--max_new_tokens", "99", "--seed", "1"])
+    said = capsys.readouterr()
+    assert said.out and said.err.endswith(f"error: {NOT_FINITE}\n")
     (tmp_path / "empty").touch()
     assert "empty" in error_of(capsys, "--model_path", hybrid, "--score", tmp_path / "empty")
     for flag in ("--score", "--input_file"):

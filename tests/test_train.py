@@ -1,5 +1,6 @@
 """The training run as its user sees it: configuration, learning, exact resume, signals, several processes."""
 
+import copy
 import itertools
 import json
 import math
@@ -18,7 +19,8 @@ import pytest
 import torch
 
 import train
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, map_state
+from prepare import Tokenizer
 
 ROOT = Path(train.__file__).parent
 TINY = ["--n_embd", "16,8,16", "--attention_type", "mamba,fractal,standard", "--n_head", "1", "--d_state", "4",
@@ -26,6 +28,7 @@ TINY = ["--n_embd", "16,8,16", "--attention_type", "mamba,fractal,standard", "--
         "--batch_size", "2", "--eval_iters", "2", "--dtype", "float32", "--device", "cpu", "--compile", "false",
         "--optimizer", "adamw", "--learning_rate", "4e-3", "--weight_decay", "0.1", "--qk_norm", "false",
         "--zero_init", "false"]
+STILL = ["--fractal_drop", "0", "--fractal_level_drop", "0"]
 
 
 @pytest.fixture
@@ -177,6 +180,25 @@ def test_mistakes_in_the_file_name_file_key_value_and_nearest_key(folder, capsys
     file.write_text('{"config": {"n_embd": 64,}}')
     line, = refused(capsys, "--config", file)
     assert "line 1, column" in line
+
+
+def test_mistakes_of_model_and_training_come_together(folder, capsys):
+    file = folder / "mine.json"
+    file.write_text(json.dumps({"config": {"n_embd": 32, "n_head": 5, "learning_rate": 0.1, "min_lr": 1.0,
+                                           "max_iters": 5, "epochs": 2}}))
+    lines = refused(capsys, "--config", file)
+    assert [words for words in ("n_head: 5 heads do not divide", "epochs: 2", "min_lr: 1.0 is above")
+            if not any(words in line for line in lines)] == []
+    file.write_text('{"config": {"n_embd": ' + "9" * 5000 + "}}")
+    line, = refused(capsys, "--config", file)
+    assert "mine.json: cannot be read" in line
+
+
+def test_of_several_processes_one_names_the_mistakes(folder, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        train.load_config(["--batch_size", "0"])
+    assert capsys.readouterr().err == ""
 
 
 def test_help_lists_every_key(capsys):
@@ -478,10 +500,10 @@ def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
 
     def watched():
         weights = {k: v.clone() for k, v in this.model.state_dict().items()}
-        state = this.state
-        out = step()
+        out, leaves = step(), []
         unchanged = all(torch.equal(v, weights[k]) for k, v in this.model.state_dict().items())
-        before[this.step] = (unchanged, this.state is state)
+        train.map_state(leaves.append, this.state)
+        before[this.step] = (unchanged, not any(t.any() for t in leaves))  # what was skipped may have held a boundary
         return out
 
     this.train_step = watched
@@ -494,6 +516,21 @@ def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
     missing = [line["step"] for line in map(json.loads, text.splitlines()) if line["train_loss"] is None]
     assert missing == [2, 5, 6]  # the seventh ended the run
     assert this.writer.all_writers is None, "closed: its thread would write on, wherever the process is by then"
+
+
+def test_a_step_without_finite_gradients_moves_the_stream_on(folder):
+    """Two runs whose first step changes no weight, one as its gradients overflow, go on with the same state."""
+    states = []
+    for broken in (False, True):
+        this = train.Run(train.load_config([*TINY, *STILL, "--min_lr", "0", "--lr_decay_iters", "1"]),
+                         torch.device("cpu"), 0, 1)
+        this.step = 2  # the schedule has come to its end: a rate of 0
+        if broken:
+            this.model.ln_f.weight.register_hook(lambda grad: grad * math.inf)
+        loss, _, norm = this.train_step()
+        assert math.isfinite(loss) and math.isfinite(norm) != broken
+        states.append(this.state)
+    same(*states)
 
 
 def test_accumulation_is_one_larger_batch(folder):
@@ -632,7 +669,136 @@ def test_a_hybrid_learns_a_real_text(folder):
     assert this.best_val_loss < 0.75 * unigram
 
 
+# -- steps and keys against torch's own
+
+@pytest.mark.parametrize("flags, carries", [([], True), (["--carry_state", "false"], False),
+                                            (["--sequential", "false"], False)], ids=["carried", "reset", "windows"])
+def test_steps_are_a_loop_of_torchs_own(folder, flags, carries):
+    """The state carried, without its gradient, or not; clipped gradients; AdamW with the betas of the file."""
+    given = ["--grad_clip", "0.1", "--beta1", "0.8", "--beta2", "0.7", "--weight_decay", "0", "--max_iters", "9"]
+    this = train.Run(train.load_config([*TINY, *STILL, *given, *flags]), torch.device("cpu"), 0, 1)
+    model, loader = copy.deepcopy((this.model, this.loader))
+    adamw, state = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.7), weight_decay=0), None
+    for step in range(4):
+        x, y, reset = loader.next_batch()
+        _, loss, state = model(x, y, state=state, reset=reset)
+        state = map_state(torch.Tensor.detach, state) if carries else None
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        adamw.param_groups[0]["lr"] = 4e-3 * train.schedule_at(step, this.config, 9)
+        adamw.step()
+        assert norm > 0.2 and this.train_step() == pytest.approx(
+            (loss.item(), adamw.param_groups[0]["lr"], norm.item()), rel=1e-4)
+    for ours, expected in zip(this.model.parameters(), model.parameters()):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=2e-5)
+
+
+def test_keys_reach_the_run(folder):
+    def start(*flags):
+        return train.Run(train.load_config([*TINY, *flags]), torch.device("cpu"), 0, 1)
+
+    this = start("--epochs", "1.5", "--gradient_accumulation_steps", "2", "--optimizer", "muon",
+                 "--muon_learning_rate", "0.3", "--max_iters", "null")
+    assert this.max_iters == math.ceil(1.5 * this.loader.steps_per_epoch / 2)
+    assert [o.defaults["lr"] for o in this.optimizers] == [4e-3, 0.3]
+    weights = [start("--seed", seed).model.lm_head.weight for seed in ("1", "1", "2")]
+    assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
+
+
+def test_the_best_model_is_that_of_the_lowest_loss(folder, monkeypatch):
+    losses = iter([3.0, 9.0, 1.0, 9.0, 2.0, 9.0])  # carried and reset, three times
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(losses), 0.0))
+    run("--max_iters", 3, "--eval_interval", 1)
+    assert train.load_checkpoint(folder / "checkpoints/best_model.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("batches", ["2", "null"])
+def test_both_losses_are_of_the_same_text(folder, monkeypatch, batches):
+    seen = []
+
+    def look(_, batches, *__):
+        targets = torch.cat([y.flatten() for _, y, _ in batches])
+        seen.append(targets[targets >= 0].sort().values)
+        return 1.0, 1.0
+
+    monkeypatch.setattr(train, "evaluate", look)
+    this = run("--max_iters", 1, "--eval_iters", batches)
+    assert torch.equal(*seen)
+    assert len(seen[0]) == (2 * 16 * 16 if batches == "2" else (this.val_tokens[1:] != 256).sum())
+
+
+def test_bits_are_of_bytes_not_of_tokens(gpt2_cache):
+    tokenizer = Tokenizer("gpt2")
+    model = GPT(GPTConfig(vocab_size=50257, n_embd=8, n_layer=1, tie_weights=False))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    ids = torch.tensor(tokenizer.encode("It was the best of times").astype("int64"))[None]
+    batch = ids[:, :-1], ids[:, 1:], torch.zeros(1, ids.shape[1] - 1, dtype=torch.bool)
+    nats, bits = train.evaluate(model, [batch], torch.device("cpu"), torch.autocast("cpu", enabled=False),
+                                torch.as_tensor(tokenizer.token_bytes), False, 0, 1)
+    assert nats == pytest.approx(math.log(50257), rel=1e-5)
+    assert bits == pytest.approx(math.log2(50257) * 5 / len(" was the best of times"), rel=1e-5)
+
+
+# -- folders and what is in them
+
+def test_one_run_at_a_time_writes_to_a_folder(folder):
+    first = train.Run(train.load_config(TINY), torch.device("cpu"), 0, 1)
+    first.open_logs()
+    written = (folder / "checkpoints/metrics.jsonl").read_bytes()
+    with pytest.raises(train.RunError, match="another run writes to checkpoints/"):
+        run("--max_iters", 2)
+    assert not (folder / "checkpoints/run_001").exists()
+    assert (folder / "checkpoints/metrics.jsonl").read_bytes() == written
+    os.close(first.lock)
+    first.writer.close()
+    run("--max_iters", 2)
+
+
+def test_a_run_does_not_read_what_it_writes(folder):
+    for inside in ("dataset", "dataset/run", str(folder / "dataset/a/b")):
+        with pytest.raises(train.RunError, match="is in the data set dataset/"):
+            run("--max_iters", 1, "--checkpoint_dir", inside)
+    run("--max_iters", 1, "--checkpoint_dir", "dataset/.run")
+
+
+def test_files_that_are_damaged_or_of_other_code(folder):
+    (folder / "current_configuration.schema.json").write_bytes(b"\xff\xfe")
+    run("--max_iters", 2)
+    schema = json.loads((folder / "current_configuration.schema.json").read_text())
+    assert "n_embd" in str(schema)
+    with open(folder / "checkpoints/metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe{\n")
+    this = run("--max_iters", 3, "--init_from", "resume")
+    assert [m["step"] for m in this.metrics] == [2, 2, 3, 3]
+    path = folder / "checkpoints/best_model.pt"
+    checkpoint = train.load_checkpoint(path)
+    for key, value in (("model_args", {"colour": "red"}), ("model", {"new.weight": torch.ones(1)})):
+        torch.save({**checkpoint, key: checkpoint[key] | value}, folder / "other.pt")
+        with pytest.raises(train.SampleError, match=r"init_from other\.pt: the checkpoint does not fit this model\.py"):
+            run("--init_from", "other.pt")
+
+
+def test_a_sample_that_cannot_be_made_does_not_end_the_run(folder, capsys):
+    this = train.Run(train.load_config([*TINY, "--tie_weights", "false"]), torch.device("cpu"), 0, 1)
+    this.folder.mkdir()
+    torch.nn.init.zeros_(this.model.ln_f.weight)  # all tokens alike, so that soon the one below is drawn
+    with torch.no_grad():
+        this.model.wte.weight[:200] = math.nan
+    this.show()
+    assert "no sample: what the model computes is not finite" in capsys.readouterr().out
+
+
 # -- signals and processes
+
+def test_the_command_that_resumes_starts_as_many_processes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--max_iters", "9", "--epochs=2", "--seed", "3"])
+    assert train.resume_command() == "uv run train.py --max_iters 9 --epochs=2 --seed 3 --init_from resume"
+    for key, value in dict(WORLD_SIZE=8, LOCAL_WORLD_SIZE=4, GROUP_WORLD_SIZE=2).items():
+        monkeypatch.setenv(key, str(value))
+    assert train.resume_command(18) == ("uv run torchrun --nnodes=2 --nproc_per_node=4 train.py --seed 3 "
+                                        "--init_from resume --max_iters 18")
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_prints_the_command_that_resumes(folder, number):
