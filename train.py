@@ -124,48 +124,35 @@ class Settings(BaseModel):
     init_from: str = Field("scratch", description="scratch, resume, a checkpoint to start from, or gpt2")
 
 
-DEFAULT_FILE = {
-    "$schema": SCHEMA_FILE.name,
+DEFAULT_FILE = """{
+    "$schema": "current_configuration.schema.json",
     "config": {
         "tokenizer": "byte",
         "batch_size": 8,
         "block_size": 128,
         "n_embd": [128, 96, 64, 96, 128],
         "attention_type": ["mamba", "fractal", "standard", "fractal", "mamba"],
-        "n_head": None,
-        "qk_norm": True,
-        "zero_init": True,
+        "n_head": null,
+        "qk_norm": true,
+        "zero_init": true,
         "max_iters": 800,
         "optimizer": "muon",
         "learning_rate": 0.02,
         "muon_learning_rate": 0.008,
         "weight_decay": 0.0,
         "eval_interval": 200,
-        "eval_iters": 20,
+        "eval_iters": 20
     },
     "dataset": "dataset",
     "checkpoint_dir": "checkpoints",
     "device": "auto",
-    "compile": True,
-    "seed": 1337,
+    "compile": true,
+    "seed": 1337
 }
+"""
 PER_LAYER = ("n_embd", "n_head", "attention_type", "ffn_mult")
 OUTER = {(field.alias or name): field for name, field in Settings.model_fields.items() if name != "config"}
 KEYS = {**Config.model_fields, **OUTER}
-
-
-def format_json(settings: dict) -> str:
-    """JSON with one key a line and lists on their key's line."""
-    def lines(obj, indent):
-        for i, (key, value) in enumerate(obj.items()):
-            comma = "," if i < len(obj) - 1 else ""
-            if isinstance(value, dict):
-                yield f"{indent}{json.dumps(key)}: {{"
-                yield from lines(value, indent + "    ")
-                yield f"{indent}}}{comma}"
-            else:
-                yield f"{indent}{json.dumps(key)}: {json.dumps(value)}{comma}"
-    return "\n".join(["{", *lines(settings, "    "), "}"]) + "\n"
 
 
 @contextlib.contextmanager
@@ -321,7 +308,7 @@ def load_config(argv: list[str] | None = None) -> Settings:
     path, flags, mistakes = read_flags(sys.argv[1:] if argv is None else argv)
     if path is None and not CONFIG_FILE.exists():
         try:
-            write_atomically(CONFIG_FILE, format_json(DEFAULT_FILE))
+            write_atomically(CONFIG_FILE, DEFAULT_FILE)
             print(f"{CONFIG_FILE} was missing: wrote the default one")
         except OSError as error:
             mistakes.append(f"{CONFIG_FILE} is missing, and the default one cannot be written here: {error.strerror}")
