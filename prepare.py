@@ -386,23 +386,21 @@ def _encode_files(named, tokenizer, store, folder, progress):
 
 
 @contextmanager
-def temporary_file(folder: Path):
+def temporary_file(folder: Path, prefix: str = ""):
     """A new binary file of a unique name, removed at the end unless it was published."""
-    f = open(folder / f"{uuid.uuid4().hex}.tmp", "xb")  # noqa: SIM115 - Windows renames closed files only
+    path = folder / f"{prefix}{uuid.uuid4().hex}.tmp"
     try:
-        yield f
+        with open(path, "xb") as f:
+            yield f
     finally:
-        try:
-            f.close()  # which writes what is held back: on a full disk it fails again
-        finally:
-            Path(f.name).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def publish(f, path: Path):
     """Gives a temporary file its name in one step, its bytes on the disk first."""
     f.flush()
     os.fsync(f.fileno())
-    f.close()
+    f.close()  # Windows renames closed files only
     os.replace(f.name, path)
 
 

@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 import kernels
 from model import GPT, Block, GPTConfig, Probability, map_state
-from prepare import DataError, DataLoader, Tokenizer, eval_blocks, eval_lanes, load_corpus
+from prepare import DataError, DataLoader, Tokenizer, eval_blocks, eval_lanes, load_corpus, publish, temporary_file
 from sample import CHECKPOINT_FORMAT, SampleError, choose_device, fitting, generate, load_checkpoint
 
 CONFIG_FILE = Path("current_configuration.json")
@@ -158,15 +158,9 @@ KEYS = {**Config.model_fields, **OUTER}
 @contextlib.contextmanager
 def replacing(path: Path):
     """A new binary file that takes the place of `path` once it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary_file(path.parent, prefix=f".{path.name}.") as file:
+        yield file
+        publish(file, path)
 
 
 def write_atomically(path: Path, text: str):
