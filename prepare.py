@@ -547,13 +547,7 @@ class DataLoader:
                 "lower batch_size or block_size, or put more text into the data set"
             )
         self.steps_per_epoch = max(1, n // self.lanes // block_size)
-        self.tokens_per_epoch = self.steps_per_epoch * self.lanes * block_size  # of all ranks
         self.step = 0
-
-    @property
-    def epoch(self) -> int:
-        """How many epochs are done."""
-        return self.step // self.steps_per_epoch
 
     def next_batch(self):
         n, T = len(self.tokens), self.block_size
