@@ -724,8 +724,9 @@ class FractalBlock(nn.Module):
         packed, code, fractals = self.packed(), self.native_code(z, state, reset), []
         outputs, z = [], z.split([conv.shape[1] for conv, *_ in packed], dim=-1)
         for group, weights, z_g in zip(self.groups, packed, z):
-            fractals.append(_FractalGroup(self, group, weights, past, reset, z_g, code))
-            outputs.append(fractals[-1].run(z_g.unflatten(-1, (len(group), -1))))  # (B, T, n, H)
+            fractal = _FractalGroup(self, group, weights, past, reset, z_g, code)
+            fractals.append(fractal)
+            outputs.append(fractal.run(z_g.unflatten(-1, (len(group), -1)), fractal.depth))  # (B, T, n, H)
         if code:
             y = NativeGate.apply(code.gate, gate, [(f.inverse_H[:, 0], f.eps[:, 0]) for f in fractals], *outputs)
         else:
@@ -855,7 +856,8 @@ class _FractalGroup:
         self.depth, self.code = block.depths[group[0]], code
         self.conv, self.M, self.p, self.inverse_H, self.eps = weights
         self.M = self.M if code is None else self.M.to(code.dtype)
-        self.budget, self.past, self.reset, self.states = block.budget(self.depth), past, reset, []
+        self.low = self.depth + 1 - block.budget(self.depth)  # the level at which every recursion ends
+        self.past, self.reset, self.states = past, reset, []
         self.dtype, self.drop, self.cut = z.dtype, 0.0, None
         if block.training and self.depth > 1:
             shape = (z.shape[0], len(group))
@@ -871,10 +873,10 @@ class _FractalGroup:
         norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=self.inverse_H.dtype)
         return (z * torch.addcmul(self.eps, norm.square(), self.inverse_H).rsqrt_()).to(z.dtype)
 
-    def units(self, z, low, high):
-        """u_low(z) .. u_high(z), (B, T, n, H) each"""
+    def units(self, z, c):
+        """u_low(z) .. u_c(z), (B, T, n, H) each"""
         B, T, n, H = z.shape
-        levels, L, past = slice(low - 1, high), high - low + 1, next(self.past)
+        levels, L, past = slice(self.low - 1, c), c - self.low + 1, next(self.past)
         if self.code:
             past = None if past is None else past[..., : n * H]  # all L levels read the same
             state, *ys = NativeUnits.apply(self.code, z, self.conv[levels].unflatten(1, (n, H)), self.M[levels], past,
@@ -888,23 +890,21 @@ class _FractalGroup:
         v = torch.bmm(v.view(B * T, L * n, H).transpose(0, 1), M)  # (L n, B T, H)
         return self.norm(v.transpose(0, 1).view(B, T, L, n, H)).unbind(2)
 
-    def join(self, deep, shallow, c, level):
-        """level counts the joins from the top, 1 first; joins at or below a row's cut take the shallow branch"""
+    def join(self, deep, shallow, c):
+        """Of f_c, the (depth + 1 - c)th from the top; a row cut to m levels takes the shallow branch from the mth on"""
         weight = self.p[c - 2]  # (n, 1)
         if self.cut is not None:
             p = weight[:, 0]
             one_branch, take_deep = torch.rand(2, *self.cut.shape, device=deep.device)
             weight = torch.where(one_branch < self.drop, (take_deep < p).to(p.dtype), p)
-            weight = torch.where(level < self.cut, weight, 0.0)[:, None, :, None]  # (B, 1, n, 1)
+            weight = torch.where(self.depth + 1 - c < self.cut, weight, 0.0)[:, None, :, None]  # (B, 1, n, 1)
         return torch.lerp(shallow, deep, weight.to(deep.dtype))
 
-    def run(self, z, c=None, level=1):
+    def run(self, z, c):
         """f_c(z)"""
-        c = self.depth if c is None else c
-        low = c - (self.budget - level)  # the level at which the recursion ends
-        y, *shallow = self.units(z, low, c)
-        for i, u in enumerate(shallow, low + 1):  # y = f_{i-1}(z)
-            y = self.join(self.run(y, i - 1, level + c - i + 1), u, i, level + c - i)
+        y, *shallow = self.units(z, c)
+        for i, u in enumerate(shallow, self.low + 1):  # y = f_{i-1}(z)
+            y = self.join(self.run(y, i - 1), u, i)
         return y
 
 

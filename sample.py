@@ -220,15 +220,16 @@ def decode_fractal_group(weights, budget, past):
     of the applications, in evaluation order."""
     conv, M, p, inverse_H, eps = weights  # (C, n H, w), (C, n, H, H), (C - 1, n, 1), (n, 1) twice
     (depth, n, H, _), wide = M.shape, inverse_H.dtype
+    low = depth + 1 - budget  # the level at which every recursion ends
     p, inverse_H, eps = p[..., None].to(wide), inverse_H[:, None], eps[:, None]
 
     def norm(z):  # (.., n, B, H)
         size = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=wide)
         return z * torch.addcmul(eps, size.square_(), inverse_H).rsqrt_()
 
-    def units(low, high):
-        inputs, levels = next(past), slice(low - 1, high)
-        L, B = high - low + 1, len(inputs)
+    def units(c):
+        inputs, levels = next(past), slice(low - 1, c)
+        L, B = c - low + 1, len(inputs)
         matrices = M[levels].flatten(0, 1).to(product_type(M))
         taps = conv[levels].view(L, n, 1, H, -1).movedim(-1, 0)
         convolution = decode_convolution(taps, taps.new_zeros(()), inputs.view(B, -1, L, n, H).permute(1, 2, 3, 0, 4))
@@ -238,11 +239,8 @@ def decode_fractal_group(weights, budget, past):
             return norm(v.view(L, n, B, H)).unbind(0)
         return step
 
-    def f(c, level):  # as FractalBlock's run
-        low = c - (budget - level)
-        shallow = units(low, c)
-        deep = [f(i - 1, level + c - i + 1) for i in range(low + 1, c + 1)]
-        share = p[low - 1:c - 1]
+    def f(c):  # as _FractalGroup's run
+        shallow, deep, share = units(c), [f(i - 1) for i in range(low + 1, c + 1)], p[low - 1:c - 1]
 
         def step(z):
             y, *others = shallow(z)
@@ -251,7 +249,7 @@ def decode_fractal_group(weights, budget, past):
             return y
         return step
 
-    whole = f(depth, 1)
+    whole = f(depth)
     return lambda z: norm(whole(z.unflatten(1, (n, H)).transpose(0, 1))).transpose(0, 1).flatten(1)
 
 
