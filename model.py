@@ -267,7 +267,7 @@ class NativeStreamNorm(torch.autograd.Function):
 def reciprocal_rms(x, eps):
     """1 / rms(x) over the last dimension, in one pass over x"""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(scalar(eps, x.dtype), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 class RMSNormCPU(torch.autograd.Function):
@@ -288,26 +288,6 @@ class RMSNormCPU(torch.autograd.Function):
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             dy, x, [C], torch.zeros_like(r), r, weight, None, [True, True, False])
         return dx.addcmul_(r, (dy @ weight)[..., None], value=1 / C), dweight, None
-
-
-def cached(make):
-    """functools.lru_cache for a function that makes tensors: what it keeps can be trained with, and is none of those
-    that only stand for others, as while torch.export looks on."""
-    @functools.lru_cache(maxsize=16)
-    def keep(*args):
-        with torch.inference_mode(False):
-            return make(*args)
-
-    @functools.wraps(make)
-    def get(*args):
-        faked = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-        return make(*args) if faked else keep(*args)
-    return get
-
-
-@cached
-def scalar(value: float, dtype: torch.dtype):
-    return torch.tensor(value, dtype=dtype)
 
 
 def make_norm(config: GPTConfig, C: int) -> nn.Module:
@@ -345,12 +325,17 @@ def rotary_table(S: int, hs: int, dtype: torch.dtype, device: torch.device):
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-cached_rotary_table = cached(rotary_table)
+@functools.lru_cache(maxsize=16)
+def kept_rotary_table(*args):
+    with torch.inference_mode(False):  # it is trained with as well
+        return rotary_table(*args)
 
 
 def constant_rotary_table(*args):
-    """rotary_table, made once; in compiled code a constant, where its sines would be taken again at every call"""
-    return cached_rotary_table(*args)
+    """rotary_table, made once; in compiled code a constant, where its sines would be taken again at every call. Tensors
+    that only stand for others, as while torch.export looks on, are not kept."""
+    faked = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return rotary_table(*args) if faked else kept_rotary_table(*args)
 
 
 constant_rotary_table._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports a compiler first
