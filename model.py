@@ -224,14 +224,6 @@ class RMSNorm(nn.Module):
             return RMSNormCPU.apply(x, self.weight, self.eps)
         return (x * reciprocal_rms(x, self.eps)).mul_(self.weight)
 
-    def add(self, x, y=None):
-        """x + y (B, T, C), or x alone, and its norm"""
-        code = self.native_code(STREAM_NORM if y is None else ADD_NORM, x)
-        if code and (y is None or y.dtype == code.dtype):
-            return NativeStreamNorm.apply(code, x, y, self.weight, self.eps)
-        x = x if y is None else x + y
-        return x, self(x)
-
     def native_code(self, kernels, x):
         if x.dtype == self.weight.dtype == torch.float32 and eager_cpu(x) and len(self.weight) % VECTOR == 0:
             return native_code(kernels, x.device, product_type(self.weight), x.numel())
@@ -297,9 +289,10 @@ def make_norm(config: GPTConfig, C: int) -> nn.Module:
 
 
 def add_norm(norm, x, y=None):
-    """x + y, or x alone, and its norm"""
-    if isinstance(norm, RMSNorm):
-        return norm.add(x, y)
+    """x + y (B, T, C), or x alone, and its norm"""
+    code = norm.native_code(STREAM_NORM if y is None else ADD_NORM, x) if isinstance(norm, RMSNorm) else None
+    if code and (y is None or y.dtype == code.dtype):
+        return NativeStreamNorm.apply(code, x, y, norm.weight, norm.eps)
     x = x if y is None else x + y
     return x, norm(x)
 
