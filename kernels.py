@@ -323,6 +323,8 @@ def _code_rules():
     bits of a vector as they are, takes as many channels side by side in bfloat16 as in float32 and stores them without
     a mask, and puts the sums of equal loops into one loop nest before anything else, although no two of them read the
     same."""
+    from unittest.mock import patch  # as Inductor itself does
+
     from torch._inductor.choices import InductorChoices
     from torch._inductor.codegen import cpp
     from torch._inductor.codegen.cpp import DTYPE_TO_CPP, CppVecKernel, CppVecOverrides
@@ -391,22 +393,14 @@ def _code_rules():
         assert base == 0.5
         return make_pointwise(halve)(x)
 
-    aten, usual, usual_bits = torch.ops.aten, dict(lowerings), CppVecOverrides.to_dtype_bitcast
-    usual_low, usual_store = cpp.get_loop_body_lowp_fp, CppVecKernel._get_store_line
-    lowerings.update({aten.pow.Scalar: power, aten.sigmoid.default: make_pointwise(sigmoid),
-                      aten.softplus.default: make_pointwise(softplus)})
-    CppVecOverrides.to_dtype_bitcast = staticmethod(vector_bits)
-    CppVecKernel._get_store_line = store
-    cpp.get_loop_body_lowp_fp = lambda body: (None, True)
-    try:
-        with V.set_choices_handler(SumsTogether()):
-            yield
-    finally:
-        lowerings.clear()
-        lowerings.update(usual)
-        CppVecOverrides.to_dtype_bitcast = staticmethod(usual_bits)
-        cpp.get_loop_body_lowp_fp = usual_low
-        CppVecKernel._get_store_line = usual_store
+    aten, usual_store = torch.ops.aten, CppVecKernel._get_store_line
+    ours = {aten.pow.Scalar: power, aten.sigmoid.default: make_pointwise(sigmoid),
+            aten.softplus.default: make_pointwise(softplus)}
+    with (patch.dict(lowerings, ours), patch.object(CppVecKernel, "_get_store_line", store),
+          patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(vector_bits)),
+          patch.object(cpp, "get_loop_body_lowp_fp", lambda body: (None, True)),
+          V.set_choices_handler(SumsTogether())):
+        yield
 
 
 def _keep(x):
@@ -2436,7 +2430,6 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
 
 if __name__ == "__main__":
     import sys
-    from pathlib import Path
 
     sys.modules["kernels"] = sys.modules["__main__"]  # the report imports this module: its operators register once
     sys.path.insert(0, str(Path(__file__).parent / "tests"))
