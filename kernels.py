@@ -2400,7 +2400,7 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     rows = state if index is None else state[index.clamp(min=0)]
     B, C = (m[:, None] if m.dim() == 2 else m for m in (B, C))
     flat = lambda m, i: m if m is None or rows.dim() == 3 else m.flatten(i, i + 1)  # noqa: E731
-    h = flat(rows, 1).to(_state_dtype(x))  # (b, heads d, n)
+    h = flat(rows, 1).to(_state_dtype(x), copy=True)  # (b, heads d, n)
     x_, dt_, z_ = flat(x, 1), flat(dt, 1), flat(z, 1)
     A_, D_, bias_ = flat(A, 0), flat(D, 0), flat(dt_bias, 0)
     groups = B.shape[1]
@@ -2409,16 +2409,12 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
                          f"{rows.shape[1]} heads of the state {tuple(state.shape)}")
     size = h.shape[1] // groups
     ys = []
-    hs = []
     for g in range(groups):
         c = slice(g * size, (g + 1) * size)
-        pick = lambda m, c=c: None if m is None else m[:, c]  # noqa: E731
-        h_g = h[:, c].clone()
-        ys.append(selective_scan_step(h_g, x_[:, c], dt_[:, c], A_[c], B[:, g], C[:, g], None if D_ is None else D_[c],
-                                      pick(z_), None if bias_ is None else bias_[c], dt_softplus))
-        hs.append(h_g)
-    new = torch.cat(hs, 1).view(rows.shape).to(state.dtype)
-    y = torch.cat(ys, 1)
+        D_g, z_g, bias_g = (None if m is None else m[..., c] for m in (D_, z_, bias_))
+        ys.append(selective_scan_step(h[:, c], x_[:, c], dt_[:, c], A_[c], B[:, g], C[:, g], D_g, z_g, bias_g,
+                                      dt_softplus))
+    new, y = h.view(rows.shape).to(state.dtype), torch.cat(ys, 1)
     if index is None:
         state.copy_(new)
     else:
