@@ -37,6 +37,7 @@ from kernels import (
     selective_scan,
 )
 
+PER_LAYER = ("n_embd", "n_head", "attention_type", "ffn_mult")  # keys with a value for each layer
 Mixer = Literal["standard", "mamba", "fractal"]
 Range = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -93,8 +94,7 @@ class GPTConfig(BaseModel):
     def _complete(self) -> list[str]:
         """Fill in what is null; returns the mistakes between keys, a line each."""
         mistakes = []
-        per_layer = ("n_embd", "n_head", "attention_type", "ffn_mult")
-        lengths = {key: len(getattr(self, key)) for key in per_layer if isinstance(getattr(self, key), list)}
+        lengths = {key: len(getattr(self, key)) for key in PER_LAYER if isinstance(getattr(self, key), list)}
         if self.n_layer is not None:
             lengths["n_layer"] = self.n_layer
         n_layer = next(iter(lengths.values()), 4)
@@ -104,7 +104,7 @@ class GPTConfig(BaseModel):
         if n_layer == 0:
             return [f"{next(iter(lengths))}: an empty list; give one entry for each layer"]
         self.n_layer = n_layer
-        for key in per_layer:
+        for key in PER_LAYER:
             if not isinstance(getattr(self, key), list):
                 setattr(self, key, [getattr(self, key)] * n_layer)
         self.n_head = [max(1, C // 64) if nh is None else nh for nh, C in zip(self.n_head, self.n_embd)]

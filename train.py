@@ -51,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import kernels
-from model import GPT, Block, GPTConfig, Probability, map_state
+from model import GPT, PER_LAYER, Block, GPTConfig, Probability, map_state
 from prepare import DataError, DataLoader, Tokenizer, eval_blocks, eval_lanes, load_corpus, publish, temporary_file
 from sample import CHECKPOINT_FORMAT, SampleError, choose_device, fitting, generate, load_checkpoint
 
@@ -150,7 +150,6 @@ DEFAULT_FILE = """{
     "seed": 1337
 }
 """
-PER_LAYER = ("n_embd", "n_head", "attention_type", "ffn_mult")
 OUTER = {(field.alias or name): field for name, field in Settings.model_fields.items() if name != "config"}
 KEYS = {**Config.model_fields, **OUTER}
 
