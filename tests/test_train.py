@@ -43,17 +43,24 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of signals are the process's own again after a run in it."""
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+
+
+def made(*flags):
+    return train.Run(train.load_config([*TINY, *map(str, flags)]), torch.device("cpu"), 0, 1)
+
+
 def run(*flags):
     """One run in this process; returns the Run."""
     torch.manual_seed(time.time_ns())  # nothing may depend on what the process did before
-    settings = train.load_config([*TINY, *map(str, flags)])
-    this = train.Run(settings, torch.device("cpu"), 0, 1)
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        this.main()
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    this = made(*flags)
+    this.main()
     return this
 
 
@@ -91,12 +98,6 @@ def test_model_py_prints_the_layer_table_of_the_shipped_file(folder):
     done = subprocess.run([sys.executable, str(ROOT / "model.py"), "--tokenizer", "no_such"], capture_output=True,
                           text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-
-
-def test_schema_knows_every_key():
-    schema = json.loads((ROOT / "current_configuration.schema.json").read_text())
-    assert set(schema["properties"]) == {"config", *train.OUTER}
-    assert set(schema["$defs"]["Config"]["properties"]) == set(train.Config.model_fields)
 
 
 def test_the_briefs_example_is_valid_and_cuda_is_never_a_silent_fallback(folder, capsys):
@@ -227,22 +228,27 @@ def same(a, b, path=""):
         assert a == b or a != a, path
 
 
+def assert_resume_is_exact(folder, step, *flags):
+    """A run up to `step` that goes on from its checkpoint before the last ends as the whole run did."""
+    last = folder / f"checkpoints/checkpoint_step_{step:06d}.pt"
+    run("--max_iters", step, *flags)
+    whole = train.load_checkpoint(last)
+    last.unlink()
+    run("--max_iters", step, *flags, "--init_from", "resume")
+    resumed = train.load_checkpoint(last)
+    assert resumed["seconds"] > 0
+    for checkpoint in (whole, resumed):
+        del checkpoint["seconds"], checkpoint["config"]["init_from"]
+    same(whole, resumed)
+
+
 @pytest.mark.parametrize("extra", [
     ["--dropout", "0.1", "--token_noise", "0.1", "--ngram_orders", "2,3", "--ngram_dropout", "0.2"],
     ["--optimizer", "muon", "--gradient_accumulation_steps", "2"],
     ["--sequential", "false", "--position", "learned"],
 ], ids=["adamw-noise", "muon-accumulation", "windows-learned"])
 def test_resume_is_bit_for_bit(folder, extra, two_threads):
-    common = ["--max_iters", 20, "--checkpoint_interval", 10, "--eval_interval", 5, *extra]
-    run(*common)
-    whole = train.load_checkpoint(folder / "checkpoints/checkpoint_step_000020.pt")
-    (folder / "checkpoints/checkpoint_step_000020.pt").unlink()
-    run(*common, "--init_from", "resume")
-    resumed = train.load_checkpoint(folder / "checkpoints/checkpoint_step_000020.pt")
-    assert resumed["seconds"] > 0
-    for checkpoint in (whole, resumed):
-        del checkpoint["seconds"], checkpoint["config"]["init_from"]
-    same(whole, resumed)
+    assert_resume_is_exact(folder, 20, "--checkpoint_interval", 10, "--eval_interval", 5, *extra)
     steps = [m["step"] for m in map(json.loads, (folder / "checkpoints/metrics.jsonl").read_text().splitlines())]
     assert steps == sorted(steps) and Counter(steps) == {5: 1, 10: 2, 15: 1, 20: 2}
 
@@ -257,10 +263,10 @@ def test_compiled_layers_train_as_they_are_written(folder, capsys, monkeypatch):
         path.unlink()
     for i in range(99):  # 40 tokens each with <|endoftext|>, read in blocks of 16
         (folder / f"dataset/{i:02}.txt").write_text(f"A document of 39 bytes, as they go: {i:03}")
-    common = ["--max_iters", 8, "--checkpoint_interval", 4, "--eval_interval", 4, *LAYERS]
+    common = ["--checkpoint_interval", 4, "--eval_interval", 4, *LAYERS]
 
     def losses(*flags):
-        run(*common, *flags)
+        run("--max_iters", 8, *common, *flags)
         lines = map(json.loads, (folder / "checkpoints/metrics.jsonl").read_text().splitlines())
         return [line[key] for line in lines for key in ("train_loss", "val_loss", "grad_norm") if key in line]
 
@@ -276,14 +282,7 @@ def test_compiled_layers_train_as_they_are_written(folder, capsys, monkeypatch):
     torch.testing.assert_close(losses(), losses("--compile", "false"), rtol=1e-4, atol=0)
     assert kinds == {True, False}
     assert "layers compiled" in capsys.readouterr().out
-    run(*common, "--dropout", "0.1")
-    whole = train.load_checkpoint(folder / "checkpoints/checkpoint_step_000008.pt")
-    (folder / "checkpoints/checkpoint_step_000008.pt").unlink()
-    run(*common, "--dropout", "0.1", "--init_from", "resume")
-    resumed = train.load_checkpoint(folder / "checkpoints/checkpoint_step_000008.pt")
-    for checkpoint in (whole, resumed):
-        del checkpoint["seconds"], checkpoint["config"]["init_from"]
-    same(whole, resumed)
+    assert_resume_is_exact(folder, 8, *common, "--dropout", "0.1")
 
 
 def test_every_kind_of_layer_stays_compiled(monkeypatch):
@@ -483,10 +482,8 @@ def test_a_validation_split_that_predicts_nothing_is_an_error(folder):
 
 
 def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
-    settings = train.load_config([*TINY, "--max_iters", "30", "--max_bad_steps", "3", "--checkpoint_interval", "1",
-                                  "--keep_checkpoints", "9"])
     monkeypatch.setattr(train, "LOG_EVERY", 1)
-    this = train.Run(settings, torch.device("cpu"), 0, 1)
+    this = made("--max_iters", 30, "--max_bad_steps", 3, "--checkpoint_interval", 1, "--keep_checkpoints", 9)
     forward, calls = this.model.forward, Counter()
 
     def sometimes_nan(*args, **kw):
@@ -535,9 +532,8 @@ def test_a_step_without_finite_gradients_moves_the_stream_on(folder):
 
 def test_accumulation_is_one_larger_batch(folder):
     """Two batches of one row, seen as random windows, give the gradient of their concatenation."""
-    flags = ["--batch_size", "1", "--gradient_accumulation_steps", "2", "--sequential", "false", "--fractal_drop", "0",
-             "--fractal_level_drop", "0", "--grad_clip", "0"]
-    this = train.Run(train.load_config([*TINY, *flags]), torch.device("cpu"), 0, 1)
+    this = made("--batch_size", 1, "--gradient_accumulation_steps", 2, "--sequential", "false", "--fractal_drop", 0,
+                "--fractal_level_drop", 0, "--grad_clip", 0)
     batches = [this.loader.next_batch() for _ in range(2)]
     batches[1][1][:, :5] = -1  # unequal counts of targets
     this.loader.next_batch = iter(batches).__next__
