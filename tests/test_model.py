@@ -103,6 +103,20 @@ def grads_of(model, logits, state):
     return torch.autograd.grad(sum(terms), list(model.parameters()), allow_unused=True)
 
 
+def two_blocks(mixer, x, dy, bfloat16, reset=None):
+    """Outputs of two blocks, the state carried from one to the other and a boundary in the second; the last state; and
+    the gradients of a loss on all of them."""
+    inputs, T = x.to(next(mixer.parameters()).dtype).requires_grad_(), x.shape[1] // 2
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        y1, state = mixer(inputs[:, :T], None, None)
+        other_strides = map_state(lambda t: t.detach().mT.contiguous().mT, state)
+        y2, state = mixer(inputs[:, T:], other_strides, reset)
+    state = [s for s in state if s.is_floating_point()]
+    loss = (torch.cat((y1, y2), 1).double() * dy).sum() + sum(s.double().square().sum() for s in state)
+    learned = [p for p in mixer.parameters() if p.numel()]
+    return [y1, y2, *state, *torch.autograd.grad(loss, [inputs, *learned])]
+
+
 @st.composite
 def rows(draw):
     T = draw(st.integers(1, 10))
@@ -312,38 +326,16 @@ def test_native_units_are_the_definition(monkeypatch, two_threads, dtype, kernel
     exact = make("fractal", n_embd=48, fractal_dims=[[40, 24, 32, 56]] * 2, fractal_depths=[[3, 1, 3, 2]] * 2,
                  fractal_count=4, fractal_kernel=kernel, fractal_drop=0.0, fractal_level_drop=0.0).h[0].mixer
     block = copy.deepcopy(exact).to(torch.float32)
-    x, *douts = (torch.randn(3, 2 * T, 48) for _ in range(3))
+    x, dy = (torch.randn(3, 2 * T, 48) for _ in range(2))
     runs, applied, apply = [], [], NativeUnits.apply
     monkeypatch.setattr(NativeUnits, "apply", lambda *args: applied.append(args) or apply(*args))
     for mixer, native in ((exact, False), (block, False), (block, True)):
         monkeypatch.setattr(kernels, "COMPILE", native)
-        inputs = x.to(mixer.W_in.weight.dtype).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and mixer is block):
-            y1, state = mixer(inputs[:, :T], None, None)
-            y2, state = mixer(inputs[:, T:], map_state(torch.Tensor.detach, state), None)
+        runs.append(two_blocks(mixer, x, dy, dtype == torch.bfloat16 and mixer is block))
         assert bool(applied) == native
-        ends = sum(s.double().square().sum() for s in state)
-        loss = ends + sum((y.double() * dy[:, :T]).sum() for y, dy in zip((y1, y2), douts))
-        learned = [p for p in mixer.parameters() if p.numel()]
-        runs.append([y1, y2, *state, *torch.autograd.grad(loss, [inputs, *learned])])
     for real, plain, native in zip(*runs):
         error, other = (((r.double() - real).norm() / (real.norm() + 1e-9)).item() for r in (native, plain))
         assert error <= (1e-5 if dtype == torch.float32 else 1.2 * other + 1e-3)
-
-
-def test_native_units_leave_states_with_gradients_alone(monkeypatch):
-    """What one block does to the next is differentiated by torch's operations, where native code has no formula."""
-    monkeypatch.setattr(kernels, "COMPILE", True)
-    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
-    exact = make("fractal", n_embd=32, fractal_drop=0.0, fractal_level_drop=0.0).h[0].mixer
-    grads = []
-    for mixer in (exact, copy.deepcopy(exact).to(torch.float32)):
-        x = torch.linspace(-1, 1, 2 * 16 * 32, dtype=mixer.W_in.weight.dtype).view(2, 16, 32).requires_grad_()
-        _, state = mixer(x[:, :8], None, None)
-        y, _ = mixer(x[:, 8:], state, None)
-        grads += torch.autograd.grad(y.square().sum(), x)
-    close(grads[1].double(), grads[0], 1e-5)
-    assert grads[0][:, 5:8].abs().min() > 0
 
 
 def test_fractal_draws_come_from_their_own_seed():
@@ -511,8 +503,7 @@ def test_forward_interface():
     assert both.shape == (2, 6, V) and again == loss
     initial = model.initial_state(2)
     assert [(t.shape, t.dtype) for t in tensors(initial)] == [(t.shape, t.dtype) for t in tensors(state)]
-    for a, b in zip(*(map_state(lambda t: t, model(idx, state=s)[0]) for s in (None, initial))):
-        close(a, b, 1e-12)
+    close(model(idx, state=initial)[0], logits, 1e-12)
 
 
 def test_nothing_of_a_fake_pass_is_kept():
@@ -617,35 +608,31 @@ def test_native_attention_is_softmax_in_float64(monkeypatch, two_threads, dtype,
     gradient. In bfloat16 native code rounds no further from float64 than torch's operations."""
     monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
     exact = make("standard", n_embd=96, n_head=3, **{"window": 12} | keys).h[0].mixer
-    mixers, T = (exact, *(copy.deepcopy(exact).to(torch.float32) for _ in range(2))), 9
+    rounded, T = copy.deepcopy(exact).to(torch.float32), 9
     x, dy = (torch.randn(3, 2 * T, 96) for _ in range(2))
     reset = torch.zeros(3, T, dtype=torch.bool)
     reset[1, 4] = True
     runs, applied, apply = [], [], NativeAttention.apply
     monkeypatch.setattr(NativeAttention, "apply", lambda *args: applied.append(args) or apply(*args))
-    for mixer, native in zip(mixers, (False, False, True)):
+    for mixer, native in ((exact, False), (rounded, False), (rounded, True)):
         monkeypatch.setattr(kernels, "COMPILE", native)
-        inputs, state = x.to(mixer.c_attn.weight.dtype).requires_grad_(), None
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and mixer is not exact):
-            y1, state = mixer(inputs[:, :T], None, None)
-            other_strides = map_state(lambda t: t.detach().mT.contiguous().mT, state)
-            y2, state = mixer(inputs[:, T:], other_strides, reset)
+        runs.append(two_blocks(mixer, x, dy, dtype == torch.bfloat16 and mixer is rounded, reset))
         assert len(applied) == 2 * native
-        k, v, _ = state
-        loss = (torch.cat((y1, y2), 1).double() * dy).sum() + (k.double() + v.double()).square().sum()
-        runs.append([y1, y2, k, v, *torch.autograd.grad(loss, [inputs, *mixer.parameters()])])
     for real, plain, native in zip(*runs):
         error, other = (((r.double() - real).norm() / real.norm()).item() for r in (native, plain))
         assert error <= (2e-6 if dtype == torch.float32 else 1.2 * other + 1e-3)
 
 
-def test_native_attention_leaves_states_with_gradients_alone(monkeypatch):
+@pytest.mark.parametrize("kind, keys", [("standard", dict(n_head=1, window=8)),
+                                        ("fractal", dict(fractal_drop=0.0, fractal_level_drop=0.0))])
+def test_native_code_leaves_states_with_gradients_alone(monkeypatch, kind, keys):
+    """What one block does to the next is differentiated by torch's operations, where native code has no formula."""
     monkeypatch.setattr(kernels, "COMPILE", True)
     monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
-    exact, grads = make("standard", n_embd=32, n_head=1, window=8).h[0].mixer, []
+    exact, grads = make(kind, n_embd=32, **keys).h[0].mixer, []
     for mixer in (exact, copy.deepcopy(exact).to(torch.float32)):
-        x = torch.linspace(-1, 1, 2 * 16 * 32, dtype=mixer.c_attn.weight.dtype).view(2, 16, 32).sin().requires_grad_()
-        _, state = mixer(x[:, :8], None, None)
+        x = torch.linspace(-1, 1, 2 * 16 * 32, dtype=next(mixer.parameters()).dtype).view(2, 16, 32).sin()
+        _, state = mixer(x.requires_grad_()[:, :8], None, None)
         y, _ = mixer(x[:, 8:], state, None)
         grads += torch.autograd.grad(y.square().sum(), x)
     close(grads[1].double(), grads[0], 1e-5)
