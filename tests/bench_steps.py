@@ -243,11 +243,9 @@ def decode(name, tokens):
         token = logits.reshape(1, -1).argmax(-1, keepdim=True)
         if name == "mamba.py":
             logits, caches = model.step(token[0], caches)
-        elif "GPT-2" in name:
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-            logits = out.logits[:, -1]
         elif name.startswith("transformers"):
-            out = model(token, cache_params=out.cache_params, use_cache=True)
+            cache = "past_key_values" if "GPT-2" in name else "cache_params"
+            out = model(token, **{cache: out[cache]}, use_cache=True)
             logits = out.logits[:, -1]
         else:
             logits = step(token)

@@ -24,6 +24,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from unittest.mock import patch
 
 import torch
 
@@ -232,10 +233,9 @@ def bound(r, elements, warps):
 
 # ---------------------------------------------------------------- correctness
 
-def check(device, backend):
+def check(device):
     """{(operator, dtype): the largest relative error, in the 2-norm, of outputs and gradients against the oracle}"""
-    errors, keep = {}, os.environ.get("KERNELS")
-    os.environ["KERNELS"] = backend
+    errors = {}
     for dtype in (F32, BF16):
         torch.manual_seed(0)
         b, l, d, n = 2, 19, 33, 3
@@ -255,14 +255,13 @@ def check(device, backend):
                 douts = [(torch.randn(y.shape).to(y) if douts is None else douts[i]).to(y) for i, y in enumerate(ys)]
                 results.append([y.detach() for y in (*ys, *torch.autograd.grad(ys, xs, douts))])
             errors[name, dtype] = max(float((x.double() - y).norm() / y.norm()) for x, y in zip(*results))
-    os.environ.pop("KERNELS")
-    if keep is not None:
-        os.environ["KERNELS"] = keep
     return errors
 
 
 def print_check(label, device, backend):
-    for (name, dtype), error in check(device, backend).items():
+    with patch.dict(os.environ, KERNELS=backend):
+        errors = check(device)
+    for (name, dtype), error in errors.items():
         limit = 2e-6 if dtype == F32 else 6e-3
         verdict = "ok" if error < limit else f"WRONG, above {limit}"
         print(f"  {label:20} {name:15} {str(dtype)[6:]:9} {error:8.1e}  {verdict}", flush=True)
@@ -393,10 +392,6 @@ def print_buffers(rows):
             print(f"  {r['kernel']}: {', '.join(parts)}")
 
 
-def _row(task):
-    return row(*task)
-
-
 def main():
     parser = argparse.ArgumentParser(prog="kernels.py", description="The kernel report: correctness, counts, bounds.")
     parser.add_argument("--json", metavar="FILE", help="write the table to FILE as well")
@@ -407,7 +402,7 @@ def main():
     tasks = [] if kernels.triton is None else [(name, sm, dtype, reset) for name in KERNELS for sm in GPUS
                                                for dtype in (BF16, F32) for reset in (False, True)]
     with ProcessPoolExecutor(os.process_cpu_count(), multiprocessing.get_context("fork" if tasks else None)) as pool:
-        compiled = pool.map(_row, tasks)  # forks before this process uses CUDA or threads, which do not survive that
+        compiled = pool.map(row, *zip(*tasks))  # forks before this process uses CUDA or threads: they do not survive it
         print("Relative error against the oracle in float64, worst of outputs and gradients", flush=True)
         print_check("torch, cpu", "cpu", "torch")
         if tasks:
