@@ -2302,12 +2302,9 @@ def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None,
     if reset is not None:
         rows[:, :-1].masked_fill_(reset[:, None, None], 0)
     state.copy_(rows[:, 1:])
-    f = _state_dtype(x)
-    taps = rows if dilation == 1 else rows[:, ::dilation]
-    y = ((taps if taps.dtype == f else taps.to(f)) * weight.t()).sum(1)
+    y = (rows[:, ::dilation].to(_state_dtype(x)) * weight.t()).sum(1)
     y = y if bias is None else y.add_(bias)
-    y = F.silu(y, inplace=True) if silu else y
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
 
 
 # ---------------------------------------------------------------- mamba_ssm's and causal_conv1d's own signatures
