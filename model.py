@@ -220,9 +220,7 @@ class RMSNorm(nn.Module):
             return NativeStreamNorm.apply(code, x, None, self.weight, self.eps)[1]
         if not eager_cpu(x):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        if torch.is_grad_enabled():
-            return RMSNormCPU.apply(x, self.weight, self.eps)
-        return (x * reciprocal_rms(x, self.eps)).mul_(self.weight)
+        return RMSNormCPU.apply(x, self.weight, self.eps)
 
     def native_code(self, kernels, x):
         if x.dtype == self.weight.dtype == torch.float32 and eager_cpu(x) and len(self.weight) % VECTOR == 0:
@@ -256,18 +254,13 @@ class NativeStreamNorm(torch.autograd.Function):
         return None, grad, dy, dgain, None
 
 
-def reciprocal_rms(x, eps):
-    """1 / rms(x) over the last dimension, in one pass over x"""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-
-
 class RMSNormCPU(torch.autograd.Function):
     """A fifth of the time of F.rms_norm, which on a CPU makes ten passes over memory, most of them backward."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        r = reciprocal_rms(x, eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight)
 
