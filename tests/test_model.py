@@ -826,21 +826,27 @@ def test_config_refuses(keys, words):
 
 # -- the reference models
 
+def assert_equal_logits(theirs, folder):
+    """Of all tokens at once and of one after the other. Returns our model, the tokens and the logits."""
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "A_log" not in name:
+                p += 0.1 * torch.randn_like(p)
+    theirs.eval().save_pretrained(folder)
+    ours, idx = GPT.from_pretrained(folder).eval(), torch.randint(91, (2, 32))
+    with torch.no_grad():
+        expected = theirs(idx, use_cache=False).logits
+        stepped, _ = run_chunks(ours, idx, [1] * 32, state=ours.initial_state(2))
+        for logits in (ours(idx)[0], stepped):
+            close(logits, expected, 1e-5)
+    return ours, idx, expected
+
+
 def test_gpt2_logits_equal_transformers(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=91, n_positions=32, n_embd=24, n_layer=3, n_head=3)).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p += 0.1 * torch.randn_like(p)
-    theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path).eval()
-    idx = torch.randint(91, (2, 32))
-    with torch.no_grad():
-        expected = theirs(idx).logits
-        close(ours(idx)[0], expected, 1e-5)
-        stepped, _ = run_chunks(ours, idx, [1] * 32, state=ours.initial_state(2))
-    close(stepped, expected, 1e-5)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=91, n_positions=32, n_embd=24, n_layer=3, n_head=3))
+    _, idx, expected = assert_equal_logits(theirs, tmp_path)
     cut = GPT.from_pretrained(tmp_path, block_size=8, dropout=0.1)
     assert cut.config.block_size == 8 and cut.config.dropout == 0.1
     close(cut.eval()(idx[:, :8])[0], expected[:, :8], 1e-5)
@@ -863,20 +869,9 @@ def test_mamba_logits_equal_transformers(tmp_path, tied):
     from transformers import MambaConfig, MambaForCausalLM
     torch.manual_seed(0)
     theirs = MambaForCausalLM(MambaConfig(vocab_size=91, hidden_size=24, state_size=5, num_hidden_layers=3,
-                                          residual_in_fp32=False, tie_word_embeddings=tied)).eval()
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            if "A_log" not in name:
-                p += 0.1 * torch.randn_like(p)
-    theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path).eval()
+                                          residual_in_fp32=False, tie_word_embeddings=tied))
+    ours, _, _ = assert_equal_logits(theirs, tmp_path)
     assert ours.config.tie_weights == tied and (ours.lm_head.weight is ours.wte.weight) == tied
-    idx = torch.randint(91, (2, 33))
-    with torch.no_grad():
-        expected = theirs(idx, use_cache=False).logits
-        close(ours(idx)[0], expected, 1e-5)
-        stepped, _ = run_chunks(ours, idx, [1] * 33, state=ours.initial_state(2))
-    close(stepped, expected, 1e-5)
 
 
 def test_dropout_of_embedding_and_branches():
