@@ -211,6 +211,13 @@ def test_help_lists_every_key(capsys):
             assert f"--{key} VALUE" in text and field.description.split()[0] in text
 
 
+def test_readme_lists_every_key():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [f"| `{key}` | `{json.dumps(field.get_default(call_default_factory=True))}` | {field.description} |"
+            for key, field in train.KEYS.items() if key != "$schema"]
+    assert [row for row in rows if row not in readme] == []
+
+
 # -- a run and its files
 
 def same(a, b, path=""):
@@ -648,6 +655,22 @@ def test_recipes_keep_their_promises():
             assert model.num_params() <= 810_000 and not config.ngram_orders
     assert len(without_noise) == 1
     assert len(sizes) == 16 and len(tokens) == 1 and max(sizes.values()) <= 1.02 * min(sizes.values())
+
+
+@pytest.mark.parametrize("base, changes", [
+    ("ablation_all", {"adamw": ["learning_rate", "muon_learning_rate", "optimizer"], "bigrams": ["ngram_orders"],
+                      "gelu": ["activation"], "no_qk_norm": ["qk_norm"], "no_zero_init": ["zero_init"],
+                      "one_rate": ["muon_learning_rate"], "tied": ["tie_weights"], "all": []}),
+    ("books_carried", {"long": ["batch_size", "block_size"], "reset": ["carry_state"], "windows": ["sequential"],
+                       "carried": []})])
+def test_recipes_differ_by_what_their_names_say(base, changes):
+    prefix, found = base.partition("_")[0], {}
+    recipes = {path.stem: json.loads(path.read_text())["config"] for path in RECIPES}
+    for name, config in recipes.items():
+        if name.startswith(f"{prefix}_"):
+            differs = [key for key in config | recipes[base] if config.get(key) != recipes[base].get(key)]
+            found[name.removeprefix(f"{prefix}_")] = sorted(differs)
+    assert found == changes
 
 
 def test_a_hybrid_learns_a_real_text(folder):
