@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -98,7 +99,7 @@ def causal_conv1d_oracle(x, weight, bias=None, activation=None, initial_state=No
         ys.append(F.silu(y) if activation else y)
     y = torch.stack(ys, 1).to(x.dtype)
     tail = [rows[s].masked_fill(document[s] != document[-1], 0) for s in range(l, l + span)]
-    final = torch.stack(tail, 1) if tail else state  # (b, 0, d)
+    final = torch.stack(tail, 1) if tail else state + x[:, :0]  # (b, 0, d)
     return (y, final) if return_final_state else y
 
 
@@ -230,11 +231,15 @@ def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
             dC[rows, t] += _sum_d(w_t, x)
             torch.mul(w_t[:, :, None], C[rows, t, :, None], out=g)
             before = [h, *x[:, :-1].unbind(1)]
-            if reset_t is not None and reset_t.any():  # 0 * inf would be nan
-                before = [h_t.masked_fill(r[:, None, None], 0) for h_t, r in zip(before, reset_t.unbind(1))]
-            parts = a.unbind(1), g.unbind(1), before, dt_t[:, :, None].unbind(1)
-            for a_t, g_t, h_t, step in reversed(list(zip(*parts))):
+            cut = [None] * len(before)  # 0 * inf would be nan
+            if reset_t is not None and reset_t.any():
+                cut = reset_t[:, :, None, None].unbind(1)
+                before = [h_t.masked_fill(r, 0) for h_t, r in zip(before, cut)]
+            parts = a.unbind(1), g.unbind(1), before, dt_t[:, :, None].unbind(1), cut
+            for a_t, g_t, h_t, step, r in reversed(list(zip(*parts))):
                 torch.mul(a_t, g_t.add_(ag), out=ag)
+                if r is not None:
+                    ag.masked_fill_(r, 0)
                 torch.mul(ag, h_t, out=a_t)  # a is x_t of the formulas now
                 dA_rows.addcmul_(a_t, step)
             dB[rows, t] += _sum_d(v_t, g)
@@ -660,14 +665,15 @@ def _example(shape, n, i=0):
     size = [sizes[letter] for letter in shape]
     if any_rows:
         distances = [5003 + 10 * (i + 1) - j for j in range(len(size) - 2)]  # falling: Inductor takes their order over
-        return torch.empty_strided(size, [*distances, VECTOR, 1], dtype=dtype)
+        return torch.empty_strided(size, [*distances, VECTOR, 1], dtype=dtype, device="cpu")
     gap = len(shape) * (gaps.get(shape[1:2]) or gaps.get(shape[0], 0))
     around = (0, gap) if shape[1:2] == "c" else (0, 64, gap)  # what the tensor is a part of is longer by that much
     whole = [length + more * (gap > 0) for length, more in zip(size, (*around, 0, 0))]
-    return torch.empty(whole, dtype=dtype)[tuple(map(slice, size))]
+    return torch.empty(whole, dtype=dtype, device="cpu")[tuple(map(slice, size))]
 
 
-CODE = {  # Inductor's settings
+COMPILING = threading.Lock()  # Inductor's settings and rules are the process's
+CODE = {
     "fx_graph_cache": False,  # it would know the graph alone, not _code_rules
     "cpp.enable_floating_point_contract_flag": "fast", "max_pointwise_cat_inputs": 0, "max_fusion_size": 100000,
     "cpp.max_horizontal_fusion_size": 100000, "cpp.dynamic_threads": True,
@@ -695,7 +701,7 @@ def _compiled(function, letters, n, **options):
         about = (Path(__file__).read_bytes(), torch.__version__, torch.backends.cpu.get_cpu_capability(),
                  function.__name__, letters, n, options)
         path = Path(cache_dir(), "hybrid", hashlib.sha256(repr(about).encode()).hexdigest() + ".py")
-        with config.patch(CODE):
+        with COMPILING, config.patch(CODE):
             with contextlib.suppress(Exception):  # none yet, or a damaged one
                 return _imported(path)
             path.parent.mkdir(exist_ok=True)
@@ -879,8 +885,9 @@ def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, del
 
 def _scan_native(kernel, u, delta, A, z, delta_softplus):
     n, dtype = A.shape[1], u.dtype if u.dtype == torch.float64 else _native_dtype(u, delta, z)
-    native = _native(kernel, u.device, dtype, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
-    return None if native is None or A.isnan().any() else native  # whose powers of 2 would hide it
+    if u.device.type == "cpu" and not ((A <= 0).all() and (delta_softplus or (delta >= 0).all())):
+        return None  # powers of 2 of native code would hide a NaN, and what overflows
+    return _native(kernel, u.device, dtype, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
 
 
 def _longer(more, *xs, dim=-1):
@@ -1838,7 +1845,7 @@ if triton is not None:
     def _state_copy(x, b, d, n, device):
         """A new float32 (b, d, n) with what is in x, if any."""
         if x is None:
-            return torch.zeros(b, d, n, device=device)
+            return torch.zeros(b, d, n, dtype=torch.float32, device=device)
         return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
     def _lanes(n):
@@ -1860,7 +1867,7 @@ if triton is not None:
         J, K = _lanes(n)
         rows = triton.cdiv(l, SEGMENT) * SEGMENT
         new = torch.zeros if rows > l or J * K > n else torch.empty
-        flat = new((b * rows + FWD["AHEAD"]) * 2 * J * K, device=B.device)
+        flat = new((b * rows + FWD["AHEAD"]) * 2 * J * K, dtype=torch.float32, device=B.device)
         laid = flat[: b * rows * 2 * J * K].view(b, rows, J, 2, K)
         for i, x in enumerate((B, C)):
             laid[:, :l, :, i] = (F.pad(x, (0, J * K - n)) if J * K > n else x).unflatten(2, (J, K))
@@ -1941,7 +1948,8 @@ if triton is not None:
                                                                            dilation, W - 1)
         (dfinal,) = _contiguous(dfinal)
         dx, dstate = x.new_empty(b, l, d), x.new_empty(b, (W - 1) * dilation, d)
-        dweight = torch.empty(b * parts, W + 1, d, device=x.device)  # a partial sum a program; the last row is of bias
+        # a partial sum a program; the last row is of bias
+        dweight = torch.empty(b * parts, W + 1, d, dtype=torch.float32, device=x.device)
         _conv_bwd_kernel[grid](dy, dfinal, x, weight, bias, state, document, dx, dstate, dweight, parts, l, dy_batch,
                                dy_row, x_batch, x_row, SILU=silu, T=4, **options)
         dweight, dbias = dweight.sum(0).split((W, 1))
@@ -1992,6 +2000,8 @@ def _backend(device):
         raise ValueError(f"KERNELS={forced}: choose torch, triton or oracle")
     if forced == "triton" and "triton" not in IMPLEMENTATIONS:
         raise RuntimeError("KERNELS=triton, but Triton is not installed: pip install triton, or unset KERNELS")
+    if forced == "triton" and device.type == "cpu" and not INTERPRET:
+        raise RuntimeError("KERNELS=triton needs a GPU, or TRITON_INTERPRET=1 beside it; or set KERNELS=torch")
     suits = device.type == "cuda" and torch.version.hip is None and "triton" in IMPLEMENTATIONS  # inline PTX
     return forced or ("triton" if suits else "torch")
 
@@ -2276,9 +2286,14 @@ def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=Non
     CUDA graph. On a CPU it is fastest where channels lie side by side in state and A."""
     if triton is not None and (u.is_cuda or INTERPRET) and _backend(u.device) == "triton":
         return _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
-    dtype = u.dtype
-    if not dtype == delta.dtype == C.dtype == state.dtype:
-        u, delta, B, C, z = (None if x is None else x.to(state.dtype) for x in (u, delta, B, C, z))
+    dtype, f = u.dtype, torch.promote_types(state.dtype, torch.float32)
+    if state.dtype != f:  # a small type is for what is kept
+        h = state.to(f)
+        y = selective_scan_step(h, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
+        state.copy_(h)
+        return y
+    if not dtype == delta.dtype == B.dtype == C.dtype == f or (z is not None and z.dtype != f):
+        u, delta, B, C, z = (None if x is None else x.to(f) for x in (u, delta, B, C, z))
     dt = delta if delta_bias is None else delta + delta_bias
     dt = F.softplus(dt) if delta_softplus else dt
     if reset is not None:
@@ -2292,6 +2307,7 @@ def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=Non
     return y if dtype == state.dtype else y.to(dtype)
 
 
+@torch.no_grad()  # else the state would hold every step's graph
 def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None, dilation=1):
     """One position of causal_conv1d: state (b, (W-1) dilation, d) is updated in place; x: (b, d); reset: (b,) bool.
     Returns y (b, d)."""

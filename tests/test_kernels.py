@@ -2,6 +2,8 @@
 torch.compile see of it. The Triton kernels have a file of their own."""
 
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -303,6 +305,10 @@ def test_native_code_hides_nothing(native):
         bad[name].flatten()[-1] = torch.nan
         y, oracle = (f(**bad, delta_softplus=True) for f in (selective_scan, selective_scan_oracle))
         assert y.isnan().any() and torch.equal(y.isnan(), oracle.isnan()), name
+    x = {k: v.detach() for k, v in x.items()}
+    for grows in (x | {"A": 100 * x["A"].abs(), "delta_softplus": True}, x | {"delta": -300 * x["delta"].abs()}):
+        y, oracle = (f(**grows) for f in (selective_scan, selective_scan_oracle))
+        assert not oracle.isfinite().all() and torch.equal(y.isfinite(), oracle.isfinite())
 
 
 @pytest.mark.slow
@@ -357,7 +363,9 @@ def test_native_code_is_made_once_a_machine(tmp_path, monkeypatch):
         z, inverse, eps = torch.randn(2, 3, 10, 1, 16), torch.rand(3), torch.rand(3)
         y, expected, r = torch.empty_like(z), torch.empty_like(z), torch.empty(2, 3, 10)
         function, letters = kernels.NORM[0]
-        compiled(function, letters.replace("~", ""), 0)([z, inverse, eps, y, r])
+        with torch.device("meta"):  # what others set for their own tensors
+            code = compiled(function, letters.replace("~", ""), 0)
+        code([z, inverse, eps, y, r])
         function(z, inverse, eps, expected, r)
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
@@ -368,10 +376,30 @@ def test_native_code_is_made_once_a_machine(tmp_path, monkeypatch):
     run()
     assert len(made) == 1
     (kept,) = tmp_path.glob("hybrid/*.py")
+    assert "cpp_fused" in kept.read_text()
     kept.write_text(kept.read_text()[:1000])
     run()
     run()
     assert len(made) == 2 and len(list((tmp_path / "hybrid").glob("*.*"))) == 1
+
+
+def test_native_code_is_made_by_one_thread_at_a_time(tmp_path, monkeypatch):
+    """Inductor's settings and rules are those of the process."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    make, at_work, most = kernels._inductor_code, [], []
+
+    def watched(*args):
+        at_work.append(args)
+        most.append(len(at_work))
+        time.sleep(0.5)  # enough for the other to begin, if nothing holds it
+        code = make(*args)
+        at_work.remove(args)
+        return code
+
+    monkeypatch.setattr(kernels, "_inductor_code", watched)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(lambda kernel: kernels._compiled.__wrapped__(*kernel, 0), kernels.SQUARE))
+    assert most == [1, 1]
 
 
 @pytest.mark.slow
@@ -412,6 +440,8 @@ def test_conv_gradcheck(W, dilation):
     f = lambda *args: causal_conv1d(args[0], args[1], args[2], "silu", args[3], reset, True, dilation)  # noqa: E731
     assert torch.autograd.gradcheck(f, x)
     assert torch.autograd.gradgradcheck(f, x)
+    f = lambda *args: causal_conv1d(*args, return_final_state=True, dilation=dilation)  # noqa: E731
+    assert torch.autograd.gradgradcheck(f, x[:2])
 
 
 # -- state and reset
@@ -450,6 +480,27 @@ def test_whole_equals_chunks_equals_steps(cut, at, seed):
     assert error(h, whole[0][1]) < 1e-9 and error(taps, whole[1][1]) < 1e-9
 
 
+@settings(max_examples=30, deadline=None)
+@given(dtypes=st.lists(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), min_size=6, max_size=6))
+def test_steps_are_as_exact_as_what_they_are_given(dtypes):
+    """Of whatever types: the sums are in float32, and only what is kept or returned is rounded."""
+    x = {k: v.detach() for k, v in scan_inputs(2, 1, 5, 3, dtype=torch.float32).items()}
+    state = x.pop("initial_state").to(dtypes[0])
+    x |= {k: x[k].to(dtype) for k, dtype in zip(("u", "delta", "B", "C", "z"), dtypes[1:])}
+    exact = {k: v.double() for k, v in x.items()}
+    y, last = selective_scan_oracle(**exact, initial_state=state.double(), delta_softplus=True, return_last_state=True)
+    step = selective_scan_step(state, **{k: v[:, 0] if k in ALONG_TIME else v for k, v in x.items()},
+                               delta_softplus=True)
+    assert (step.dtype, state.dtype) == (x["u"].dtype, dtypes[0])
+    for got, expected in ((step, y[:, 0]), (state, last)):
+        assert error(got.double(), expected) < 4 * torch.finfo(got.dtype).eps
+
+
+def test_steps_keep_no_graph():
+    weight, state = torch.ones(3, 4, requires_grad=True), torch.zeros(2, 3, 3)
+    assert not causal_conv1d_step(state, torch.ones(2, 3), weight).requires_grad and not state.requires_grad
+
+
 def test_a_reset_shuts_out_even_an_infinite_past():
     x = scan_inputs(1, 6, 2, 2, dtype=torch.float32)
     dirty = x | {"initial_state": torch.full((1, 2, 2), torch.inf, requires_grad=True)}
@@ -458,6 +509,12 @@ def test_a_reset_shuts_out_even_an_infinite_past():
     y = selective_scan(**dirty, delta_softplus=True, reset=reset)
     assert torch.equal(y, clean)
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), list(dirty.values())))
+    reset[0, 3] = True
+    y = selective_scan(**x, delta_softplus=True, reset=reset)
+    dy = torch.ones(1, 6, 2).index_fill(1, torch.tensor(4), torch.inf)
+    for name, g in zip(x, torch.autograd.grad(y, list(x.values()), dy)):  # nor do gradients reach what was before
+        assert name not in ALONG_TIME or (g[:, :3].isfinite().all() and not g.isfinite().all())
+    reset[0, 3] = False
     conv = [x["u"], torch.ones(2, 4, requires_grad=True), torch.full((1, 3, 2), torch.nan, requires_grad=True)]
     y, final = causal_conv1d(*conv[:2], initial_state=conv[2], reset=reset, return_final_state=True)
     assert y.isfinite().all() and final.isfinite().all()
@@ -541,6 +598,9 @@ def test_the_environment_forces_a_path(monkeypatch):
     assert len(calls) == 1
     monkeypatch.setenv("KERNELS", "cuda")
     with pytest.raises(ValueError, match="torch, triton or oracle"):
+        selective_scan(**x)
+    monkeypatch.setenv("KERNELS", "triton")
+    with pytest.raises(RuntimeError, match="KERNELS=triton"):
         selective_scan(**x)
 
 

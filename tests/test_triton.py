@@ -179,6 +179,20 @@ def _shared():
     return shared
 
 
+def _small_default():
+    """Errors where the types that tensors have without being told are small ones."""
+    scan, conv = _scan_inputs(b=2, d=5), _conv_inputs(b=2, d=5)
+    torch.set_default_dtype(torch.bfloat16)
+    call = lambda f: lambda *x: f(*x[:8], True, x[8], None, True)  # noqa: E731
+    names = "y", "last", "u", "delta", "A", "B", "C", "D", "z", "bias", "initial"
+    errors = _compare(call(kernels.selective_scan), call(kernels.selective_scan_oracle), scan, names)
+    call = lambda f: lambda *x: f(*x[:3], "silu", x[3], None, True)  # noqa: E731
+    names = "conv y", "final", "x", "weight", "conv bias", "conv initial"
+    errors |= _compare(call(kernels.causal_conv1d), call(kernels.causal_conv1d_oracle), conv, names)
+    torch.set_default_dtype(torch.float32)
+    return errors
+
+
 def _strided():
     """How many outputs of the forward operators are not contiguous for inputs that lie in memory time first."""
     u, delta, A, B, C, D, z, bias, state = _scan_inputs(b=2, l=3, d=5)
@@ -219,7 +233,8 @@ def main():
               "conv": {name: _conv(**case) for name, case in CONVS.items()},
               "law": {"scan": _chunks(scan, _scan_inputs(d=5, n=2), (0, 1, 3, 4, 6), 8, 8),
                       "conv": _chunks(conv, _conv_inputs(d=5, dilation=2), (0,), 3, 5)},
-              "steps": _steps(), "shared": _shared(), "strided": _strided(), "traffic": _traffic()}
+              "steps": _steps(), "small default": _small_default(), "shared": _shared(), "strided": _strided(),
+              "traffic": _traffic()}
     print(json.dumps(report))
 
 
@@ -255,6 +270,10 @@ def test_chunks_with_carried_state_are_the_whole(interpreted, operator):
 
 def test_steps_equal_oracle(interpreted):
     _within(interpreted["steps"], FLOAT32)
+
+
+def test_sums_are_float32_whatever_the_default_type_is(interpreted):
+    _within(interpreted["small default"], FLOAT32)
 
 
 def test_outputs_are_contiguous_as_their_fakes(interpreted):
