@@ -679,11 +679,10 @@ class Run:
         self.stopping = False
 
     def load_data(self):
-        config, dataset = self.config, Path(self.settings.dataset)
-        inside = self.folder.resolve().relative_to(dataset.resolve(), walk_up=True).parts
-        if not any(part[0] == "." for part in inside):
-            raise RunError(f"checkpoint_dir: {self.folder}/ is in the data set {dataset}/, where the run's own files "
-                           "would be taken for text; give another")
+        config, folder, dataset = self.config, self.folder.resolve(), Path(self.settings.dataset).resolve()
+        if folder.is_relative_to(dataset) and not any(part[0] == "." for part in folder.relative_to(dataset).parts):
+            raise RunError(f"checkpoint_dir: {self.folder}/ is in the data set {self.settings.dataset}/, where what "
+                           "a run writes would be taken for text; give another")
         self.corpus = corpus = load_corpus(self.settings.dataset, self.tokenizer, progress=self.rank == 0)
         train_tokens, self.val_tokens = corpus.split(config.val_fraction)
         if not (self.val_tokens[1:] != self.tokenizer.eot).any():

@@ -181,7 +181,7 @@ def _shared():
 
 def _small_default():
     """Errors where the types that tensors have without being told are small ones."""
-    scan, conv = _scan_inputs(b=2, d=5), _conv_inputs(b=2, d=5)
+    scan, conv = _scan_inputs(l=9, d=3), _conv_inputs(l=9, d=3)
     torch.set_default_dtype(torch.bfloat16)
     call = lambda f: lambda *x: f(*x[:8], True, x[8], None, True)  # noqa: E731
     names = "y", "last", "u", "delta", "A", "B", "C", "D", "z", "bias", "initial"
