@@ -1076,9 +1076,9 @@ class Run:
 
 def keep_freed_memory():
     """Let glibc reuse freed blocks of up to 64 MB, where it gives those above 32 and the heap's free end back to the
-    system and pays a fault for each page of the next one: a sixth of a step of shakespeare_87, whose tables have
-    gradients that large. The heap's first gigabyte asks for huge pages, which saves 4 % of a step of attention, 8
-    layers of 256, 64 x 128, in bfloat16."""
+    system and pays a fault for each page of the next one: of a step of shakespeare_87, whose tables have gradients that
+    large, a fifth to a quarter. The heap's first gigabyte asks for huge pages: 4 % of a step of attention, 8 layers of
+    256, 64 x 128, in bfloat16 (both by tests/bench_pairs.py --change "train.keep_freed_memory = lambda: None")."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
