@@ -891,6 +891,14 @@ def test_dropout_of_embedding_and_branches():
         assert ((added - value).abs() < 1e-4).float().mean().item() == pytest.approx(share, abs=0.02)
 
 
+def test_attention_drops_weights_in_training_alone():
+    mixer, x = make("standard", dropout=0.5).h[0].mixer, torch.randn(2, 5, 16).double()
+    for training in (True, False):
+        mixer.train(training)
+        first, second = (mixer(x, None, None)[0] for _ in range(2))
+        assert torch.equal(first, second) != training
+
+
 def test_initial_weights_are_those_of_the_table():
     keys = dict(vocab_size=999, n_embd=[256, 128, 128], attention_type=["mamba", "fractal", "standard"],
                 fractal_dim_range=[64, 64], fractal_depth_range=[2, 2])
