@@ -36,16 +36,7 @@ from typing import Literal, get_origin
 
 import torch
 import torch.distributed as dist
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -80,7 +71,7 @@ class Config(GPTConfig):
     learning_rate: PositiveFloat = Field(2e-3, description="highest learning rate")
     muon_learning_rate: PositiveFloat | None = Field(None, description="Muon's highest one; null: learning_rate")
     min_lr: NonNegativeFloat | None = Field(None, description="last learning rate; null: learning_rate / 10")
-    warmup_iters: NonNegativeInt | None = Field(None, description="warm-up steps; null: min(100, max_iters / 20)")
+    warmup_iters: int | None = Field(None, ge=0, description="warm-up steps; null: min(100, max_iters / 20)")
     lr_decay_iters: PositiveInt | None = Field(None, description="step where the cosine ends; null: max_iters")
     weight_decay: NonNegativeFloat = Field(0.1, description="decay of the matrices of linear and embedding layers")
     beta1: Probability = Field(0.9, description="AdamW's first beta")
@@ -120,7 +111,7 @@ class Settings(BaseModel):
     compile: bool | Literal["layers"] = Field(
         True, description='on GPUs compile the model, on CPUs what is between matrix products; "layers": whole layers')
     fsdp: bool = Field(False, description="torchrun: each process keeps its share of weights and optimizer (FSDP2)")
-    seed: NonNegativeInt = Field(1337, lt=2**62, description="seed of initialisation, data order and dropout")
+    seed: int = Field(1337, ge=0, lt=2**62, description="seed of initialisation, data order and dropout")
     init_from: str = Field("scratch", description="scratch, resume, a checkpoint to start from, or gpt2")
 
 
