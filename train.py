@@ -210,11 +210,9 @@ def read_file(path: Path) -> tuple[dict, list[str]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}, [f"{path}: no such file; name another with --config, or leave --config out"]
-    except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"{path}: cannot be read: {error}"]
     except json.JSONDecodeError as error:
         return {}, [f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"]
-    except ValueError as error:  # a number of thousands of digits
+    except (OSError, ValueError) as error:  # the latter: not UTF-8, or a number of thousands of digits
         return {}, [f"{path}: cannot be read: {error}"]
     if not isinstance(content, dict) or not isinstance(content.get("config", {}), dict):
         return {}, [f'{path}: must be an object whose "config" is an object']
