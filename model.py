@@ -43,6 +43,12 @@ Range = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
+def layer_counts(keys: dict) -> dict[str, int]:
+    """How many layers each key speaks of: the lists among PER_LAYER, and n_layer"""
+    counts = {key: len(keys[key]) for key in PER_LAYER if isinstance(keys.get(key), list)}
+    return counts | ({"n_layer": keys["n_layer"]} if isinstance(keys.get("n_layer"), int) else {})
+
+
 class GPTConfig(BaseModel):
     """The model's keys. A per-layer key holds a list with one entry a layer, or one value for all layers;
     validation expands each to a list, draws the fractal modules and fills in what is null."""
@@ -94,9 +100,7 @@ class GPTConfig(BaseModel):
     def _complete(self) -> list[str]:
         """Fill in what is null; returns the mistakes between keys, a line each."""
         mistakes = []
-        lengths = {key: len(getattr(self, key)) for key in PER_LAYER if isinstance(getattr(self, key), list)}
-        if self.n_layer is not None:
-            lengths["n_layer"] = self.n_layer
+        lengths = layer_counts(vars(self))
         n_layer = next(iter(lengths.values()), 4)
         if len(set(lengths.values())) > 1:
             described = ", ".join(f"{key} gives {n} layers" for key, n in lengths.items())

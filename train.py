@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import kernels
-from model import GPT, PER_LAYER, Block, GPTConfig, Probability, map_state
+from model import GPT, PER_LAYER, Block, GPTConfig, Probability, layer_counts, map_state
 from prepare import DataError, DataLoader, Tokenizer, eval_blocks, eval_lanes, load_corpus, publish, temporary_file
 from sample import CHECKPOINT_FORMAT, SampleError, choose_device, fitting, generate, load_checkpoint
 
@@ -226,11 +226,6 @@ def read_file(path: Path) -> tuple[dict, list[str]]:
             elif key != "config":
                 flat[key] = value
     return flat, mistakes
-
-
-def layer_counts(level: dict) -> dict[str, int]:
-    counts = {key: len(level[key]) for key in PER_LAYER if isinstance(level.get(key), list)}
-    return counts | ({"n_layer": level["n_layer"]} if isinstance(level.get("n_layer"), int) else {})
 
 
 def merge(file: dict, flags: dict, where: str) -> tuple[dict, list[str], list[str]]:
