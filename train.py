@@ -183,7 +183,7 @@ def unknown_key(key: str, where: str, flag: str = "") -> str:
 
 def read_flags(argv: list[str]) -> tuple[Path | None, dict, list[str]]:
     parser = argparse.ArgumentParser(
-        usage="uv run train.py [--config FILE] [--KEY VALUE ...]", allow_abbrev=False,
+        usage="uv run train.py [--config FILE] [--KEY VALUE ...]", allow_abbrev=False, exit_on_error=False,
         description="Train the model that current_configuration.json describes. Every key is also a flag, and flags "
                     "win: --batch_size 8 --n_embd 64,32,64 --compile false")
     parser.add_argument("--config", type=Path, help=f"configuration file (default: {CONFIG_FILE})")
@@ -192,7 +192,6 @@ def read_flags(argv: list[str]) -> tuple[Path | None, dict, list[str]]:
             default = json.dumps(field.get_default(call_default_factory=True))
             text = f"{field.description} (default: {default})"
             parser.add_argument(f"--{key}", metavar="VALUE", help=text.replace("%", "%%"))
-    parser.exit_on_error = False
     try:
         known, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -294,7 +293,6 @@ def load_config(argv: list[str] | None = None) -> Settings:
     file, file_mistakes = read_file(where)
     merged, notes, merge_mistakes = merge(file, flags, str(where))
     mistakes += file_mistakes + merge_mistakes
-    settings = None
     if not merge_mistakes:
         try:
             settings = Settings(config={k: v for k, v in merged.items() if k in Config.model_fields},
