@@ -496,19 +496,18 @@ def orthogonalise(G, dtype, group):
 def make_optimizers(model: GPT, config: Config, device: torch.device) -> list[torch.optim.Optimizer]:
     """AdamW with decay on the weights of Linear and Embedding, without on all else (A_log, D, a, convolutions, norms,
     biases); with "muon" the Linear weights inside the layers go to Muon."""
-    matrices = {id(m.weight): m.weight for m in model.modules()
-                if isinstance(m, (nn.Linear, nn.Embedding, nn.EmbeddingBag))}
-    hidden = {id(m.weight) for part in (model.h, model.skip) for m in part.modules() if isinstance(m, nn.Linear)}
-    if config.optimizer == "adamw":
-        hidden = set()
+    matrices = dict.fromkeys(m.weight for m in model.modules()
+                             if isinstance(m, (nn.Linear, nn.Embedding, nn.EmbeddingBag)))  # tied ones once
+    parts = (model.h, model.skip) if config.optimizer == "muon" else ()
+    hidden = {m.weight for part in parts for m in part.modules() if isinstance(m, nn.Linear)}
     groups = [
-        {"params": [p for i, p in matrices.items() if i not in hidden], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if id(p) not in matrices], "weight_decay": 0.0},
+        {"params": [p for p in matrices if p not in hidden], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p not in matrices], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
     optimizers = [AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cpu", "cuda"))]
     if hidden:
-        params = [p for i, p in matrices.items() if i in hidden]
+        params = [p for p in matrices if p in hidden]
         optimizers.append(Muon(params, config.muon_learning_rate or config.learning_rate, config.weight_decay))
     return optimizers
 
