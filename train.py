@@ -537,25 +537,21 @@ def evaluate(model: GPT, batches, device, autocast, token_bytes, carried: bool, 
     Each process takes its share of the rows; one without any goes along with a row that does not count, as FSDP's
     forward pass needs all of them."""
     model.eval()
-    sums = [0.0, 0, 0]  # nats, tokens, bytes
-    state = None
+    sums, state = torch.zeros(3, dtype=torch.float64), None  # nats, tokens, bytes
     for batch in batches:
         mine = slice(rank, None, world_size) if rank < len(batch[0]) else slice(1)
         x, y, reset = to_device([t[mine] for t in batch], device, fresh=state is None)
         with autocast:
             _, loss, state = model(x, y, state=state, reset=reset)
         state = model.next_block(state) if carried else None
-        if rank >= len(batch[0]):
-            continue
-        seen = y[y >= 0]
-        for i, value in enumerate((loss.item() * len(seen), len(seen), token_bytes[seen].sum().item())):
-            sums[i] += value
+        if rank < len(batch[0]):
+            seen = y[y >= 0]
+            n_bytes = token_bytes[seen].sum().item()
+            sums += torch.tensor((loss.item() * len(seen), len(seen), n_bytes), dtype=torch.float64)
     model.train()
     if world_size > 1:
-        gathered = torch.tensor(sums, dtype=torch.float64, device=device)
-        dist.all_reduce(gathered)
-        sums = gathered.tolist()
-    nats, tokens, n_bytes = sums
+        dist.all_reduce(sums)  # by gloo
+    nats, tokens, n_bytes = sums.tolist()
     return nats / max(1, tokens), nats / math.log(2) / max(1, n_bytes)
 
 
