@@ -563,10 +563,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 where the hardware multiplies it, float32 elsewhere (float16 needs to be asked for)."""
     if name == "auto":
         if device.type == "cuda":
-            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-            name = "bfloat16" if fast else "float32"
+        name = "bfloat16" if fast else "float32"
     return getattr(torch, name)
 
 
@@ -898,12 +898,12 @@ class Run:
         """Both validation losses, of the same text; leaves the training state as it was. Returns whether val_loss is
         the lowest yet."""
         config = self.config
-        lanes, blocks = (cut(self.val_tokens, config.eval_lanes, config.block_size, self.tokenizer.eot)
-                         for cut in (eval_lanes, eval_lanes if config.eval_iters else eval_blocks))
-        (val_loss, bits), (reset_loss, _) = (
-            evaluate(self.model, itertools.islice(batches, config.eval_iters), self.device, self.autocast,
-                     self.token_bytes, carried, self.rank, self.world_size)
-            for batches, carried in ((lanes, True), (blocks, False)))
+        losses = []
+        for cut, carried in (eval_lanes, True), (eval_lanes if config.eval_iters else eval_blocks, False):
+            batches = cut(self.val_tokens, config.eval_lanes, config.block_size, self.tokenizer.eot)
+            losses.append(evaluate(self.model, itertools.islice(batches, config.eval_iters), self.device, self.autocast,
+                                   self.token_bytes, carried, self.rank, self.world_size))
+        (val_loss, bits), (reset_loss, _) = losses
         self.log(val_loss=val_loss, val_loss_reset=reset_loss, val_bits_per_byte=bits, params=self.model.num_params())
         self.say(f"step {self.step}: val_loss {val_loss:.4f} nats/token with the state carried ({bits:.4f} bits/byte), "
                  f"{reset_loss:.4f} with each block on its own")
