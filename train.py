@@ -650,7 +650,7 @@ class Run:
         self.build_model(checkpoint)
         self.step, self.tokens, self.evaluated = 0, 0, 0  # evaluated: the step of the last evaluation
         self.best_val_loss, self.seconds_before = math.inf, 0.0
-        self.metrics, self.writer, self.lock = [], None, None
+        self.metrics, self.closing = [], contextlib.ExitStack()
         self.state = self.initial_state()
         torch.manual_seed(settings.seed + 1 + rank)
         if settings.init_from == "resume":
@@ -874,14 +874,15 @@ class Run:
             return
         from torch.utils.tensorboard import SummaryWriter
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder)
+        if (file := lock(self.folder)) is not None:
+            self.closing.callback(os.close, file)
         for path in self.folder.glob(".*.pt.*.tmp"):  # of a run that was killed while it wrote
             path.unlink()
         if self.settings.init_from != "resume":
             archive_run(self.folder)
         self.metrics = read_metrics(self.folder / "metrics.jsonl", self.step)
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        self.writer = self.closing.enter_context(SummaryWriter(self.folder, purge_step=self.step + 1))
 
     def log(self, **values):
         if self.rank > 0:
@@ -1032,14 +1033,9 @@ class Run:
             self.say(f"already at step {self.step} of max_iters {self.max_iters}; raise --max_iters to train on")
             return
         gc.enable()
-        try:
+        with self.closing:
             self.open_logs()
             finished = self.loop()
-        finally:
-            if self.writer is not None:
-                self.writer.close()
-            if self.lock is not None:
-                os.close(self.lock)
         if not finished:
             self.say(f"stopped at step {self.step} of {self.max_iters}, saved in {self.folder}/; to go on:\n"
                      f"  {resume_command()}")

@@ -769,8 +769,7 @@ def test_one_run_at_a_time_writes_to_a_folder(folder):
         run("--max_iters", 2)
     assert not (folder / "checkpoints/run_001").exists()
     assert (folder / "checkpoints/metrics.jsonl").read_bytes() == written
-    os.close(first.lock)
-    first.writer.close()
+    first.closing.close()
     run("--max_iters", 2)
 
 
