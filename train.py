@@ -615,13 +615,10 @@ def names_a_hub_model(init_from: str) -> bool:
 def resume_command(max_iters: int | None = None) -> str:
     """The command line that goes on with this run, to another max_iters if one is given."""
     changed = {"--init_from": "resume"} | ({"--max_iters": str(max_iters)} if max_iters else {})
-    words, kept = iter(sys.argv[1:]), []
-    for word in words:
-        name, has_value, _ = word.partition("=")
-        if name not in changed and not (max_iters and name == "--epochs"):
-            kept.append(word)
-        elif not has_value:
-            next(words, None)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in (*changed, *["--epochs"] * bool(max_iters)):
+        parser.add_argument(flag)
+    _, kept = parser.parse_known_args()
     program = ["train.py"]
     if "WORLD_SIZE" in os.environ:
         nodes, here = (int(os.environ.get(key, 1)) for key in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
