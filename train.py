@@ -711,8 +711,7 @@ class Run:
             if theirs["position"] == "learned" and config.block_size > theirs["block_size"]:
                 raise RunError(f"block_size: {config.block_size}, but {settings.init_from} has "
                                f"{theirs['block_size']} positions")
-            changed = [key for key in self.model_args if self.model_args[key] != theirs[key]]
-            if changed:
+            if changed := [key for key in self.model_args if self.model_args[key] != theirs[key]]:
                 self.say(f"note: the model is the checkpoint's; the configuration differs in: {', '.join(changed)}")
             self.model_args = theirs
         torch.manual_seed(settings.seed)
@@ -1047,9 +1046,7 @@ class Run:
 def keep_freed_memory():
     """Let glibc reuse freed blocks of up to 64 MB, where it gives those above 32 and the heap's free end back to the
     system and pays a fault for each page of the next one; and have the heap's first gigabyte ask for huge pages. A step
-    of shakespeare_87, whose tables have gradients that large, takes 0.72 to 0.80 of the time that it takes without,
-    one of attention, 8 layers of 256, 64 x 128, in bfloat16 0.96 (tests/bench_pairs.py --change
-    "train.keep_freed_memory = lambda: None")."""
+    of shakespeare_87, whose tables have gradients that large, takes 0.72 to 0.80 of the time that it takes without."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
