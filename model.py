@@ -220,15 +220,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
 
     def forward(self, x):
-        if x.dim() == 3 and (code := self.native_code(STREAM_NORM, x)):
-            return NativeStreamNorm.apply(code, x, None, self.weight, self.eps)[1]
         if not eager_cpu(x):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return RMSNormCPU.apply(x, self.weight, self.eps)
-
-    def native_code(self, kernels, x):
-        if x.dtype == self.weight.dtype == torch.float32 and eager_cpu(x) and len(self.weight) % VECTOR == 0:
-            return native_code(kernels, x.device, product_type(self.weight), x.numel())
 
 
 class NativeStreamNorm(torch.autograd.Function):
@@ -287,9 +281,13 @@ def make_norm(config: GPTConfig, C: int) -> nn.Module:
 
 def add_norm(norm, x, y=None):
     """x + y (B, T, C), or x alone, and its norm"""
-    code = norm.native_code(STREAM_NORM if y is None else ADD_NORM, x) if isinstance(norm, RMSNorm) else None
+    weight, code = norm.weight, None
+    plain = isinstance(norm, RMSNorm) and eager_cpu(x) and x.dtype == weight.dtype == torch.float32
+    if plain and len(weight) % VECTOR == 0:
+        kernel = STREAM_NORM if y is None else ADD_NORM
+        code = native_code(kernel, x.device, product_type(weight), x.numel())
     if code and (y is None or y.dtype == code.dtype):
-        return NativeStreamNorm.apply(code, x, y, norm.weight, norm.eps)
+        return NativeStreamNorm.apply(code, x, y, weight, norm.eps)
     x = x if y is None else x + y
     return x, norm(x)
 
@@ -1193,7 +1191,7 @@ class GPT(nn.Module):
         x, state = self.trunk(idx, state, reset)
         if last_only:
             x = x[:, -1:]
-        x = self.ln_f(x)
+        _, x = add_norm(self.ln_f, x)
         logits = self.lm_head(x) if targets is None or return_logits else None
         loss = None if targets is None else cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         return logits, loss, state
