@@ -164,10 +164,10 @@ def eager_cpu(x):
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
 
 
-def product_type(weight) -> torch.dtype:
-    """The type that matrix products with this weight have here: autocast's, or its own"""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+def product_type(x) -> torch.dtype:
+    """The type that matrix products with x have here: autocast's, or its own"""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @functools.cache
@@ -578,7 +578,7 @@ class MambaBlock(nn.Module):
         self.out_proj = Linear(self.d_inner, C, bias=False)
 
     def initial_state(self, B, device, dtype):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         return (torch.zeros(B, self.conv1d.kernel_size[0] - 1, self.d_inner, device=device, dtype=dtype),
                 torch.zeros(B, self.d_inner, self.d_state, device=device, dtype=wide))
 
@@ -1266,7 +1266,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, chunk):
         w = weight.to(x.dtype)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x.device)
         need_grad = any(ctx.needs_input_grad)
         dx = torch.empty_like(x) if need_grad else None
@@ -1299,12 +1299,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def cross_entropy(x, weight, targets):
     """Mean cross entropy of the logits x weight^T over the targets that are not -1; x (N, C), weight (V, C)."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(product_type(x))
     count = (targets >= 0).sum().clamp(min=1)
     if x.shape[0] * weight.shape[0] <= LOGITS_AT_ONCE:
         logits = linear(x, weight)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
     return chunked_cross_entropy(x, weight if torch.is_grad_enabled() else weight.detach(), targets) / count
 
