@@ -24,18 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from kernels import (
-    ADD_NORM,
-    SQUARE,
-    STREAM_NORM,
-    VECTOR,
-    attention_code,
-    blocks,
-    causal_conv1d,
-    fractal_code,
-    native_code,
-    selective_scan,
-)
+import kernels
+from kernels import VECTOR, attention_code, blocks, causal_conv1d, fractal_code, native_code, selective_scan
 
 PER_LAYER = ("n_embd", "n_head", "attention_type", "ffn_mult")  # keys with a value for each layer
 Mixer = Literal["standard", "mamba", "fractal"]
@@ -284,7 +274,7 @@ def add_norm(norm, x, y=None):
     weight, code = norm.weight, None
     plain = isinstance(norm, RMSNorm) and eager_cpu(x) and x.dtype == weight.dtype == torch.float32
     if plain and len(weight) % VECTOR == 0:
-        kernel = STREAM_NORM if y is None else ADD_NORM
+        kernel = kernels.STREAM_NORM if y is None else kernels.ADD_NORM
         code = native_code(kernel, x.device, product_type(weight), x.numel())
     if code and (y is None or y.dtype == code.dtype):
         return NativeStreamNorm.apply(code, x, y, weight, norm.eps)
@@ -929,7 +919,7 @@ class FeedForward(nn.Module):
         if self.activation == "relu2" and self.c_fc.bias is None and eager_cpu(w):
             code = None
             if len(w) % VECTOR == 0:
-                code = native_code(SQUARE, x.device, dtype, x.shape[:-1].numel() * len(w))
+                code = native_code(kernels.SQUARE, x.device, dtype, x.shape[:-1].numel() * len(w))
             return FeedForwardCPU.apply(code, *(t.to(dtype) for t in (x.flatten(0, -2), w, v))).view_as(x)
         return self.c_proj(self.activate(self.c_fc(x)))
 
