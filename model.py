@@ -1023,10 +1023,8 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd[-1], config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
-        narrowest = min(config.n_embd)
-        first = config.n_embd.index(narrowest)
-        self.bottleneck = next((i for i in range(first, config.n_layer - 1) if config.n_embd[i + 1] != narrowest),
-                               config.n_layer - 1)  # last layer of the first run of minimum width
+        runs = [list(layers) for _, layers in itertools.groupby(range(config.n_layer), config.n_embd.__getitem__)]
+        self.bottleneck = min(runs, key=lambda layers: config.n_embd[layers[0]])[-1]  # the first of minimum width
         self.init_weights()
 
     @torch.no_grad()
@@ -1108,8 +1106,7 @@ class GPT(nn.Module):
 
     def initial_state(self, B: int, dtype: torch.dtype | None = None) -> dict:
         """The state at the start of a stream, as explicit tensors; dtype is that of the activations."""
-        weight = self.wte.weight
-        state = {}
+        weight, state = self.wte.weight, {}
         if self.wpe is not None:
             state["pos"] = torch.zeros(B, dtype=torch.long, device=weight.device)
         if self.ngrams is not None:
@@ -1229,14 +1226,12 @@ class GPT(nn.Module):
                 kind += " " + " ".join(f"{C}x{H}" for C, H in zip(block.mixer.depths, block.mixer.dims))
             if i == self.bottleneck:
                 kind += " (bottleneck)"
-            tensors = []
-            map_state(tensors.append, state)
-            size = sum(t.numel() * t.element_size() for t in tensors)
+            size = sum(t.nbytes for t in state)
             rows.append((str(i), kind, str(self.config.n_embd[i]), f"{n:,}", f"{flops[i]:,}", f"{size:,}"))
         rest = self.num_params() - sum(p.numel() for m in (self.h, self.skip) for p in m.parameters())
         rows.append(("", "embeddings, head", "", f"{rest:,}", f"{flops[-1]:,}", ""))
         rows.append(("", "all", "", f"{self.num_params():,}", f"{sum(flops):,}", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
                  for row in rows]
         return "\n".join(line.rstrip() for line in lines)
