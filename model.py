@@ -619,10 +619,9 @@ class FractalBlock(nn.Module):
         self.kernel, self.eps = config.fractal_kernel, config.norm_eps
         self.drop, self.level_drop = config.fractal_drop, config.fractal_level_drop
         self.levels = None
-        self.groups = [[k for k, depth in enumerate(self.depths) if depth == c] for c in sorted(set(self.depths))]
-        for group in self.groups:
-            widths = torch.tensor([[self.dims[k]] for k in group])
-            self.register_buffer(f"true_H_{self.depths[group[0]]}", widths, persistent=False)
+        self.groups = {c: [k for k, depth in enumerate(self.depths) if depth == c] for c in sorted(set(self.depths))}
+        for c, group in self.groups.items():
+            self.register_buffer(f"true_H_{c}", torch.tensor([[self.dims[k]] for k in group]), persistent=False)
         self.W_in = Linear(C, 2 * sum(self.dims), bias=False)
         self.fractals = nn.ModuleList(FractalModule(c, H, self.kernel) for c, H in zip(self.depths, self.dims))
         self.W_out = Linear(sum(self.dims), C, bias=False)
@@ -636,32 +635,30 @@ class FractalBlock(nn.Module):
 
     def initial_state(self, B, device, dtype):
         widths = [L * len(group) * self.width(group)
-                  for group in self.groups for L in units_together(self.budget(self.depths[group[0]]))]
+                  for c, group in self.groups.items() for L in units_together(self.budget(c))]
         return tuple(torch.zeros(B, self.kernel - 1, width, device=device, dtype=dtype) for width in widths)
 
     def packed(self):
         """For each group of n modules of depth C, padded with zeros: convolutions (C, n H, w), matrices (C, n, H, H),
         transposed, join weights (C - 1, n, 1), 1 / true width and eps (n, 1)"""
         packed = []
-        for group in self.groups:
-            modules, levels = [self.fractals[k] for k in group], range(self.depths[group[0]])
+        for c, group in self.groups.items():
+            modules, levels = [self.fractals[k] for k in group], range(c)
             pads = [self.width(group) - self.dims[k] for k in group]
-            conv = [F.pad(m.conv[c], (0, 0, 0, p)) for c in levels for m, p in zip(modules, pads)]
-            M = [F.pad(m.M[c].weight, (0, p, 0, p)) for c in levels for m, p in zip(modules, pads)]
+            conv = [F.pad(m.conv[i], (0, 0, 0, p)) for i in levels for m, p in zip(modules, pads)]
+            M = [F.pad(m.M[i].weight, (0, p, 0, p)) for i in levels for m, p in zip(modules, pads)]
             p = torch.stack([m.a for m in modules], dim=1).sigmoid()[:, :, None]
             wide = torch.promote_types(p.dtype, torch.float32)
-            inverse_H = getattr(self, f"true_H_{len(levels)}").to(wide).reciprocal()
-            packed.append((torch.stack(conv).unflatten(0, (len(levels), -1)).flatten(1, 2),
-                           torch.stack(M).unflatten(0, (len(levels), -1)).mT, p,
-                           inverse_H, torch.full_like(inverse_H, self.eps)))
+            inverse_H = getattr(self, f"true_H_{c}").to(wide).reciprocal()
+            packed.append((torch.stack(conv).unflatten(0, (c, -1)).flatten(1, 2),
+                           torch.stack(M).unflatten(0, (c, -1)).mT, p, inverse_H, torch.full_like(inverse_H, self.eps)))
         return packed
 
     def in_groups(self, weight):
         """weight (_, S, ..) -> (_, sum n H, ..): the channels in the order of the groups, modules padded with zeros"""
         parts, zeros = weight.split(self.dims, dim=1), (0, 0) * (weight.dim() - 2)
-        widths = [self.width(group) for group in self.groups for _ in group]
-        return torch.cat([F.pad(parts[k], (*zeros, 0, H - self.dims[k])) if H > self.dims[k] else parts[k]
-                          for k, H in zip(itertools.chain(*self.groups), widths)], dim=1)
+        pads = [(k, self.width(group) - self.dims[k]) for group in self.groups.values() for k in group]
+        return torch.cat([F.pad(parts[k], (*zeros, 0, pad)) if pad else parts[k] for k, pad in pads], dim=1)
 
     def projections(self):
         """W_in (2 sum n H, C) and W_out (C, sum n H) for channels as in_groups has them"""
@@ -679,17 +676,17 @@ class FractalBlock(nn.Module):
     def forward(self, x, state, reset):
         W_in, W_out = self.projections()
         z, gate = linear(x, W_in).chunk(2, dim=-1)  # (B, T, sum n H) each
-        expected = sum(2 ** (self.budget(self.depths[group[0]]) - 1) for group in self.groups)
+        expected = sum(2 ** (self.budget(c) - 1) for c in self.groups)
         if state is not None and len(state) != expected:
             raise ValueError(f"fractal_levels: the state has {len(state)} entries a layer, this model's setting needs "
                              f"{expected}; start a new state when the levels change")
         past = iter([None] * expected if state is None else state)
         packed, code, fractals = self.packed(), self.native_code(z, state, reset), []
         outputs, z = [], z.split([conv.shape[1] for conv, *_ in packed], dim=-1)
-        for group, weights, z_g in zip(self.groups, packed, z):
-            fractal = _FractalGroup(self, group, weights, past, reset, z_g, code)
-            fractals.append(fractal)
-            outputs.append(fractal.run(z_g.unflatten(-1, (len(group), -1)), fractal.depth))  # (B, T, n, H)
+        for (c, group), weights, z_g in zip(self.groups.items(), packed, z):
+            z_g = z_g.unflatten(-1, (len(group), -1))  # (B, T, n, H)
+            fractals.append(_FractalGroup(self, c, weights, past, reset, z_g, code))
+            outputs.append(fractals[-1].run(z_g, c))
         if code:
             y = NativeGate.apply(code.gate, gate, [(f.inverse_H[:, 0], f.eps[:, 0]) for f in fractals], *outputs)
         else:
@@ -815,15 +812,15 @@ def of_groups(x, zs):
 class _FractalGroup:
     """One forward call of the n modules of a layer that share a depth, padded to one width H."""
 
-    def __init__(self, block: FractalBlock, group: list[int], weights, past, reset, z, code):
-        self.depth, self.code = block.depths[group[0]], code
+    def __init__(self, block: FractalBlock, depth: int, weights, past, reset, z, code):
+        self.depth, self.code = depth, code
         self.conv, self.M, self.p, self.inverse_H, self.eps = weights
         self.M = self.M if code is None else self.M.to(code.dtype)
         self.low = self.depth + 1 - block.budget(self.depth)  # the level at which every recursion ends
         self.past, self.reset, self.states = past, reset, []
         self.dtype, self.drop, self.cut = z.dtype, 0.0, None
         if block.training and self.depth > 1:
-            shape = (z.shape[0], len(group))
+            shape = (z.shape[0], z.shape[2])
             self.drop = block.drop
             cut = torch.randint(1, self.depth + 1, shape, device=z.device)
             cut_now = torch.rand(shape, device=z.device) < block.level_drop
