@@ -44,21 +44,12 @@ RACY_NS = 2 * 10**9  # the coarsest file timestamps in use (FAT) tick every 2 s
 STALE_SECONDS = 3600  # a temporary file untouched for so long has no living writer
 
 CORPORA = {  # name: (address, file in the data set, SHA-256 of that file, unzipped)
-    "shakespeare": (
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        "tinyshakespeare.txt",
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
-    "enwik8": (
-        "https://mattmahoney.net/dc/enwik8.zip",
-        "enwik8",
-        "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
-    ),
-    "text8": (
-        "https://mattmahoney.net/dc/text8.zip",
-        "text8",
-        "6e890197040d37d85beb962ae1f041ff1d9a9ca8d20c7d99c85027eebf51dca7",
-    ),
+    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                    "tinyshakespeare.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "enwik8": ("https://mattmahoney.net/dc/enwik8.zip",
+               "enwik8", "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"),
+    "text8": ("https://mattmahoney.net/dc/text8.zip",
+              "text8", "6e890197040d37d85beb962ae1f041ff1d9a9ca8d20c7d99c85027eebf51dca7"),
 }
 
 
@@ -132,17 +123,14 @@ def _load_bpe(name):
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as e:  # those of requests are OSErrors; a wrong hash is a ValueError
-        raise DataError(
-            f"cannot load the vocabulary of tokenizer {name!r} ({type(e).__name__}): connect to the network once, "
-            "set TIKTOKEN_CACHE_DIR to a folder that holds it, or train with --tokenizer byte"
-        ) from e
+        raise DataError(f"cannot load the vocabulary of tokenizer {name!r} ({type(e).__name__}): connect to the "
+                        "network once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or train with "
+                        "--tokenizer byte") from e
 
 
 def _not_utf8(what, offset, name):
-    return DataError(
-        f"{what}: byte {offset} is not valid UTF-8, which tokenizer {name!r} reads: "
-        "convert the text to UTF-8, or train with --tokenizer byte"
-    )
+    return DataError(f"{what}: byte {offset} is not valid UTF-8, which tokenizer {name!r} reads: "
+                     "convert the text to UTF-8, or train with --tokenizer byte")
 
 
 # Where a document may be cut so that its pieces encode to the tokens of the whole. tiktoken splits a text into the
@@ -276,10 +264,9 @@ def load_corpus(dataset: Path, tokenizer: Tokenizer, progress: bool = True) -> C
         n_tokens = (path.stat().st_size - KEY_BYTES) // tokenizer.dtype.itemsize
         tokens = np.memmap(path, dtype=tokenizer.dtype, mode="r", shape=n_tokens)
     except OSError as e:
-        raise DataError(
-            f"cannot use the token cache in {store} ({e.strerror}): make that folder writable and see that its disk "
-            f"has space, or point --dataset at a new folder with a link to {dataset} in it"
-        ) from e
+        raise DataError(f"cannot use the token cache in {store} ({e.strerror}): make that folder writable and see "
+                        "that its disk has space, or point --dataset at a new folder with a link to "
+                        f"{dataset} in it") from e
     _remove_old(store, keep=path)
     return Corpus(tokens, files, is_default, _key(entries), sum(entry[0] for entry in entries.values()))
 
@@ -442,10 +429,8 @@ def default_corpus(dataset: Path) -> Path:
         texts |= {f"topic {name}": text.strip() for name, text in topics.items()}
     texts = {name: text for name, text in texts.items() if text}
     if not texts:
-        raise DataError(
-            f"{dataset} has no files, and this Python has no library sources to use instead: put text files into it, "
-            "or run `uv run prepare.py shakespeare`"
-        )
+        raise DataError(f"{dataset} has no files, and this Python has no library sources to use instead: put text "
+                        "files into it, or run `uv run prepare.py shakespeare`")
     done, total, parts = 0, sum(map(len, texts.values())), [[] for _ in range(10)]
     for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
         parts[10 * done // total].append(texts[name])
@@ -541,11 +526,9 @@ class DataLoader:
         n = len(self.tokens)
         needed = self.lanes * block_size if sequential else block_size + 1
         if n < needed:
-            sizes = f"batch_size {batch_size}, block_size {block_size}"
-            raise DataError(
-                f"the training split has {n:,} tokens and one step needs {needed:,} ({sizes}, {world_size} processes): "
-                "lower batch_size or block_size, or put more text into the data set"
-            )
+            sizes = f"batch_size {batch_size}, block_size {block_size}, {world_size} processes"
+            raise DataError(f"the training split has {n:,} tokens and one step needs {needed:,} ({sizes}): "
+                            "lower batch_size or block_size, or put more text into the data set")
         self.steps_per_epoch = max(1, n // self.lanes // block_size)
         self.step = 0
 
