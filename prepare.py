@@ -570,41 +570,38 @@ class DataLoader:
         self.step = state["step"]
 
 
-def _gather(tokens, starts, stops, block_size, eot):
-    """Rows of the inputs tokens[start:stop], at most T each, and their targets; padded with eot, so that y = -1."""
+def _gather(tokens, starts, ends, block_size, eot):
+    """Rows of T inputs from each start, or as many as there are before its end, and their targets; padded with eot, so
+    that y = -1."""
     ids = np.full((len(starts), block_size + 1), eot, dtype=np.int64)
-    for row, a, b in zip(ids, starts, stops):
+    for row, a, b in zip(ids, starts, np.minimum(starts + block_size, ends)):
         if a < b:
             row[: b - a + 1] = tokens[a : b + 1]
     return _shift(ids, eot)
 
 
 def eval_lanes(tokens, n_lanes: int, block_size: int, eot: int):
-    """All of tokens in n_lanes contiguous lanes, each target once, for an evaluation that carries state.
-
-    Yields (x, y, reset) as DataLoader does, each (n_lanes, T); reset also marks the start of each lane.
-    """
+    """All of tokens in n_lanes contiguous lanes, each target once, for an evaluation that carries state: (x, y, reset),
+    (n_lanes, T) each, as DataLoader's; reset also marks the start of each lane."""
     tokens = np.asarray(tokens)
     n = len(tokens) - 1  # inputs that have a target
     length = -(-n // n_lanes)
     begin = np.arange(n_lanes) * length
     end = np.minimum(begin + length, n)
     for t in range(0, length, block_size):
-        x, y, reset = _gather(tokens, begin + t, np.minimum(begin + t + block_size, end), block_size, eot)
+        x, y, reset = _gather(tokens, begin + t, end, block_size, eot)
         reset[:, 0] |= t == 0
         yield x, y, reset
 
 
 def eval_blocks(tokens, batch_size: int, block_size: int, eot: int):
-    """All of tokens in consecutive blocks, each on its own, each target once: nanoGPT's protocol.
-
-    Yields (x, y, reset) as DataLoader does, each (batch_size, T); reset also marks the start of each row.
-    """
+    """All of tokens in consecutive blocks, each on its own, each target once, nanoGPT's protocol: (x, y, reset),
+    (batch_size, T) each, as DataLoader's; reset also marks the start of each row."""
     tokens = np.asarray(tokens)
     n = len(tokens) - 1  # inputs that have a target
     for start in range(0, n, batch_size * block_size):
         begin = start + np.arange(batch_size) * block_size
-        x, y, reset = _gather(tokens, begin, np.minimum(begin + block_size, n), block_size, eot)
+        x, y, reset = _gather(tokens, begin, n, block_size, eot)
         reset[:, 0] = True
         yield x, y, reset
 
