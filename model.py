@@ -398,11 +398,9 @@ def after(past, t):
 
 def last(t, n, dim):
     """The last n positions of t along dim, zeros before them where there are fewer"""
-    shape = list(t.shape)
-    if (missing := n - shape[dim]) <= 0:
+    if (missing := n - t.shape[dim]) <= 0:
         return t.narrow(dim, -missing, n)
-    shape[dim] = missing
-    return torch.cat((t.new_zeros(shape), t), dim)
+    return torch.cat((t.new_zeros(*t.shape[:dim], missing, *t.shape[dim + 1:]), t), dim)
 
 
 def attention_mask(B, T, W, past_valid, reset, device):
@@ -995,8 +993,7 @@ class NGramEmbedding(nn.Module):
             past = torch.where(document[:, T:] == document[:, -1:], past, -1)
         rows, weights = torch.stack(rows, dim=-1).flatten(0, 1), None  # (B T, orders)
         if self.training and self.dropout:
-            ones = torch.ones(rows.shape, dtype=self.table.weight.dtype, device=rows.device)
-            weights = F.dropout(ones, self.dropout)
+            weights = F.dropout(torch.ones_like(rows, dtype=self.table.weight.dtype), self.dropout)
         return self.table(rows, per_sample_weights=weights).view(B, T, -1), past
 
 
