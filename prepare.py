@@ -150,25 +150,18 @@ SAFE_CUTS = dict.fromkeys(("gpt2", "r50k_base", "p50k_base", "p50k_edit"), GPT2_
 SAFE_CUTS |= dict.fromkeys(("cl100k_base", "o200k_base", "o200k_harmony"), CL100K_CUT)
 
 
-def text_chunks(path: Path, tokenizer: Tokenizer, sha256=None) -> Iterator[bytes | str]:
+def text_chunks(path: Path, tokenizer: Tokenizer) -> Iterator[bytes | str]:
     """A file in pieces of about CHUNK bytes that encode on their own: their tokens, joined, are those of the whole.
 
     bytes for "byte", else str. Without a safe cut, or for a tokenizer not in SAFE_CUTS, the file is one piece.
-    sha256, if given, is updated with every byte. Raises DataError.
+    Raises DataError.
     """
     with reading(path), open(path, "rb") as f:
-        blocks = _blocks(f, sha256)
+        blocks = iter(lambda: f.read(CHUNK), b"")
         if tokenizer.name == "byte":
             yield from blocks
         else:
             yield from cut_safely(_decode(blocks, path, tokenizer.name), SAFE_CUTS.get(tokenizer.name))
-
-
-def _blocks(f, sha256):
-    while block := f.read(CHUNK):
-        if sha256 is not None:
-            sha256.update(block)
-        yield block
 
 
 def _decode(blocks, path, name):
@@ -359,10 +352,11 @@ def _encode_files(named, tokenizer, store, folder, progress):
             with reading(path):
                 stamp, sha256, n_bytes = _stamp(path), hashlib.sha256(), 0
             pending.append((pool.submit(np.full, 1, tokenizer.eot, tokenizer.dtype), 0))
-            for chunk in text_chunks(path, tokenizer, sha256):
-                n = len(chunk) if isinstance(chunk, bytes) else len(chunk.encode())
-                n_bytes += n
-                pending.append((pool.submit(tokenizer.encode, chunk), n))
+            for chunk in text_chunks(path, tokenizer):
+                data = chunk if isinstance(chunk, bytes) else chunk.encode()  # of strict UTF-8: those of the file
+                sha256.update(data)
+                n_bytes += len(data)
+                pending.append((pool.submit(tokenizer.encode, chunk), len(data)))
                 write_until(2 * workers)  # bounds the memory
             entries[name] = [n_bytes, *stamp[1:], sha256.hexdigest()]
         write_until(0)
