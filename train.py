@@ -323,21 +323,19 @@ class RunError(Exception):
     """A mistake that only shows once the run's files are read; its text is one line."""
 
 
-def lock(folder: Path) -> int | None:
-    """The folder as a file that one run at a time holds, where the system can. Raises RunError."""
+def lock(folder: Path, closing: contextlib.ExitStack):
+    """Hold the folder, as one run at a time does, where the system can; closing lets go of it. Raises RunError."""
     with contextlib.suppress(ImportError):  # Windows
         import fcntl
 
-        file = os.open(folder, os.O_RDONLY)
+        closing.callback(os.close, file := os.open(folder, os.O_RDONLY))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(file)
             raise RunError(f"checkpoint_dir: another run writes to {folder}/; wait for its end, or give this one "
                            "another --checkpoint_dir") from None
         except OSError:  # some network disks
             pass
-        return file
 
 
 def archive_run(folder: Path):
@@ -870,8 +868,7 @@ class Run:
             return
         from torch.utils.tensorboard import SummaryWriter
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (file := lock(self.folder)) is not None:
-            self.closing.callback(os.close, file)
+        lock(self.folder, self.closing)
         for path in self.folder.glob(".*.pt.*.tmp"):  # of a run that was killed while it wrote
             path.unlink()
         if self.settings.init_from != "resume":
