@@ -568,13 +568,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def cannot_compile(device: torch.device) -> str:
-    """Why this device compiles nothing, or an empty text."""
-    if device.type == "cuda":
-        return "" if torch.cuda.get_device_capability(device) >= (7, 0) else "this GPU is too old for Triton"
-    return "" if device.type == "cpu" else f"not supported on {device.type}"
-
-
 @contextlib.contextmanager
 def quiet_compiler():
     """Within, PyTorch keeps to itself what it has to say of its own machinery."""
@@ -749,9 +742,12 @@ class Run:
         """Compile what the settings ask for, as far as the device can; returns in words what came of it."""
         wanted = self.settings.compile
         kernels.COMPILE, self.step_model, self.as_written = bool(wanted), self.model, contextlib.nullcontext
-        reason = cannot_compile(self.device) if wanted else "compile is false"
-        if reason:
-            return f"not compiled ({reason})"
+        if not wanted:
+            return "not compiled (compile is false)"
+        if self.device.type not in ("cpu", "cuda"):
+            return f"not compiled (not supported on {self.device.type})"
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (7, 0):
+            return "not compiled (this GPU is too old for Triton)"
         if self.device.type != "cpu" and not self.sharded:
             self.step_model = torch.compile(self.model, dynamic=False)
             return "compiled"
