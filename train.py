@@ -372,18 +372,14 @@ def newest_checkpoint(folder: Path, say) -> dict:
 
 NOISE = ("dropout", "ngram_dropout", "token_noise", "fractal_drop", "fractal_level_drop")  # of training, not weights
 FIXED = (*GPTConfig.model_fields, "tokenizer", "batch_size", "gradient_accumulation_steps", "sequential",
-         "carry_state", "val_fraction", "optimizer", "weight_decay", "beta1", "beta2")
+         "carry_state", "val_fraction", "optimizer", "weight_decay", "beta1", "beta2", "seed")
 
 
 def check_resumable(checkpoint: dict, settings: Settings, fingerprint: str, world_size: int):
     """A resumed run must be the same run: every key it depends on agrees with the checkpoint's."""
-    then, now = checkpoint["config"], settings.model_dump(by_alias=True)
-    before = {key: then["config"].get(key, KEYS[key].get_default(call_default_factory=True))  # it may be older
-              for key in FIXED}
-    different = [f"{key} is {now['config'][key]} but {before[key]} in the checkpoint"
-                 for key in FIXED if now["config"][key] != before[key]]
-    if now["seed"] != then["seed"]:
-        different.append(f"seed is {now['seed']} but {then['seed']} in the checkpoint")
+    then, now = (saved | saved["config"] for saved in (checkpoint["config"], settings.model_dump(by_alias=True)))
+    before = {key: then.get(key, KEYS[key].get_default(call_default_factory=True)) for key in FIXED}  # it may be older
+    different = [f"{key} is {now[key]} but {before[key]} in the checkpoint" for key in FIXED if now[key] != before[key]]
     if len(checkpoint["rng"]) != world_size:
         different.append(f"there are {world_size} processes but {len(checkpoint['rng'])} in the checkpoint")
     if checkpoint["loader"]["fingerprint"] != fingerprint:
