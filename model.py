@@ -965,10 +965,11 @@ class NGramEmbedding(nn.Module):
 
     State: the last max(orders) - 1 tokens of the document (B, max(orders) - 1), -1 for none."""
 
-    def __init__(self, orders: list[int], rows: int, C: int, dropout: float):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.orders, self.rows, self.reach, self.dropout = sorted(set(orders)), rows, max(orders) - 1, dropout
-        self.table = nn.EmbeddingBag(len(self.orders) * rows, C, mode="sum")
+        self.orders, self.rows, self.dropout = set(config.ngram_orders), config.ngram_rows, config.ngram_dropout
+        self.reach = max(self.orders) - 1
+        self.table = nn.EmbeddingBag(len(self.orders) * self.rows, config.n_embd[0], mode="sum")
 
     def initial_state(self, B, device):
         return torch.full((B, self.reach), -1, dtype=torch.long, device=device)
@@ -1005,9 +1006,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd[0])
         self.wpe = nn.Embedding(config.block_size, config.n_embd[0]) if config.position == "learned" else None
-        self.ngrams = None
-        if config.ngram_orders:
-            self.ngrams = NGramEmbedding(config.ngram_orders, config.ngram_rows, config.n_embd[0], config.ngram_dropout)
+        self.ngrams = NGramEmbedding(config) if config.ngram_orders else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         mirrors = range((config.n_layer + 1) // 2, config.n_layer) if config.skip_connections else ()
         self.skip = nn.ModuleDict({

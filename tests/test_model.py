@@ -674,7 +674,7 @@ def test_rotary_positions_are_products_of_complex_numbers(shape, dtype, toleranc
 def test_ngram_rows_are_a_function_of_the_documents_last_n_tokens():
     """With as good as no collisions, two positions share a row exactly where they share their last n tokens."""
     orders, rows = [2, 3, 5], 2**40
-    ngrams = NGramEmbedding(orders, 8, 1, dropout=0.0)
+    ngrams = NGramEmbedding(GPTConfig(n_embd=2, ngram_orders=orders, ngram_rows=8))
     ngrams.rows, found = rows, []
     ngrams.table.forward = lambda index, **_: found.append(index) or torch.zeros(len(index))
     gen = torch.Generator().manual_seed(0)
@@ -695,7 +695,7 @@ def test_ngram_rows_are_a_function_of_the_documents_last_n_tokens():
 
 @torch.no_grad()
 def test_ngram_dropout_leaves_rows_out_and_keeps_the_mean():
-    ngrams = NGramEmbedding([2, 3], 50, 4, dropout=0.3).eval()
+    ngrams = NGramEmbedding(GPTConfig(n_embd=4, ngram_orders=[2, 3], ngram_rows=50, ngram_dropout=0.3)).eval()
     torch.nn.init.normal_(ngrams.table.weight)
     idx = torch.randint(20, (1, 9))
     whole, _ = ngrams(idx, None, None)
