@@ -816,10 +816,9 @@ class _FractalGroup:
         self.M = self.M if code is None else self.M.to(code.dtype)
         self.low = self.depth + 1 - block.budget(self.depth)  # the level at which every recursion ends
         self.past, self.reset, self.states = past, reset, []
-        self.dtype, self.drop, self.cut = z.dtype, 0.0, None
+        self.dtype, self.drop, self.cut = z.dtype, block.drop, None
         if block.training and self.depth > 1:
             shape = (z.shape[0], z.shape[2])
-            self.drop = block.drop
             cut = torch.randint(1, self.depth + 1, shape, device=z.device)
             cut_now = torch.rand(shape, device=z.device) < block.level_drop
             self.cut = torch.where(cut_now, cut, self.depth)  # (B, n)

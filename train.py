@@ -689,7 +689,7 @@ class Run:
 
     def build_model(self, checkpoint: dict | None):
         config, settings = self.config, self.settings
-        self.model_args = {key: value for key, value in config.model_dump().items() if key in GPTConfig.model_fields}
+        self.model_args = config.model_dump(include=set(GPTConfig.model_fields))
         self.model_args["vocab_size"] = config.vocab_size or self.tokenizer.n_vocab
         if checkpoint is not None:
             ours = {key: self.model_args[key] for key in NOISE}
