@@ -1162,11 +1162,9 @@ class GPT(nn.Module):
         return pos, pos[:, -1] + 1
 
     def forward(self, idx, targets=None, state=None, reset=None, last_only=False, return_logits=False):
-        """
-        idx, targets (B, T) int64, a target of -1 is ignored; reset (B, T) bool; state from an earlier call.
+        """idx, targets (B, T) int64, a target of -1 is ignored; reset (B, T) bool; state from an earlier call.
         Returns (logits, loss, state). Without targets: logits (B, T, V), or (B, 1, V) with last_only, and loss None.
-        With targets: the mean cross entropy in nats, float32, and logits only with return_logits.
-        """
+        With targets: the mean cross entropy in nats, float32, and logits only with return_logits."""
         x, state = self.trunk(idx, state, reset)
         if last_only:
             x = x[:, -1:]
@@ -1186,9 +1184,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> list[int]:
         """Forward FLOPs a token of each layer, and of lm_head at the end: two for each multiply-add of a matrix
-        product, attention's over a full window; FractalBlock's formula counts each application; norms, gates and
-        activations are left out, and of a mixer that is not named here all but its linears. Training costs three times
-        as much."""
+        product, attention's over a full window, each application of a fractal's. Norms, gates and activations are left
+        out, and of a mixer that is not named here all but its linears. Training costs three times as much."""
         flops = []
         for i, block in enumerate(self.h):
             macs = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))

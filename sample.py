@@ -349,19 +349,15 @@ def prefill(model: GPT, idx):
 def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
              top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
              generator: torch.Generator | None = None, num_samples: int = 1, n_vocab: int | None = None) -> Iterator:
-    """
-    Continue idx (B, T) int64: yields max_new_tokens tensors (B * num_samples,), the samples of a row side by side.
+    """Continue idx (B, T) int64: yields max_new_tokens tensors (B * num_samples,), the samples of a row side by side.
 
-    The prompt is fed once, in blocks, and all its samples start from that state; then each token costs one step on the
-    carried state. A stream with learned positions that is longer than block_size starts anew from its last block_size
-    tokens at every step, as in nanoGPT, since the table goes no further.
-
+    The prompt is fed once, then each token costs one step on the carried state; with learned positions a stream longer
+    than block_size starts anew from its last block_size tokens at every step, as in nanoGPT.
     In this order: repetition_penalty (CTRL, arXiv 1909.05858: positive logits of tokens seen so far, prompt included,
     are divided by it, negative ones multiplied), temperature (0: the most likely token), top_k, top_p (nucleus, arXiv
     1904.09751, of what top_k left), min_p (arXiv 2407.01082: at least min_p times the highest probability). The most
     likely token always stays. Tokens from n_vocab on, the padding of a vocabulary, are never drawn. All draws come
-    from `generator`, on the model's device, so that the program's own random numbers stay as they are.
-    """
+    from `generator`, on the model's device, so that the program's own random numbers stay as they are."""
     learned, block_size = model.config.position == "learned", model.config.block_size
     wide = torch.float32 if idx.device.type == "mps" else torch.float64  # MPS has no float64
     training = model.training
