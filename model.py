@@ -911,9 +911,8 @@ class FeedForward(nn.Module):
     def forward(self, x):
         w, v, dtype = self.c_fc.weight, self.c_proj.weight, product_type(self.c_fc.weight)
         if self.activation == "relu2" and self.c_fc.bias is None and eager_cpu(w):
-            code = None
-            if len(w) % VECTOR == 0:
-                code = native_code(kernels.SQUARE, x.device, dtype, x.shape[:-1].numel() * len(w))
+            elements = x.shape[:-1].numel() * len(w)
+            code = native_code(kernels.SQUARE, x.device, dtype, elements) if len(w) % VECTOR == 0 else None
             return FeedForwardCPU.apply(code, *(t.to(dtype) for t in (x.flatten(0, -2), w, v))).view_as(x)
         return self.c_proj(self.activate(self.c_fc(x)))
 
