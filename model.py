@@ -1153,8 +1153,7 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"learned positions reach {self.config.block_size} tokens (block_size), not {T}")
         t = torch.arange(T, device=idx.device).expand(B, T)
-        start = torch.zeros(B, dtype=torch.long, device=idx.device) if state is None else state["pos"]
-        pos = start[:, None] + t
+        pos = t if state is None else state["pos"][:, None] + t
         if reset is not None:
             last = torch.where(reset, t, -1).cummax(1).values  # (B, T), index of the last reset, -1: none yet
             pos = torch.where(last >= 0, t - last, pos)
