@@ -211,7 +211,6 @@ class Corpus:
 
 def visible_files(dataset: Path) -> list[Path]:
     """All files below dataset in sorted path order, but for names that start with a dot. Links are followed."""
-    dataset = Path(dataset)
     if not dataset.exists():
         return []
     if not dataset.is_dir():
