@@ -22,14 +22,17 @@ from typing import Annotated, Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import kernels
 from kernels import VECTOR, attention_code, blocks, causal_conv1d, fractal_code, native_code, selective_scan
 
 PER_LAYER = ("n_embd", "n_head", "attention_type", "ffn_mult")  # keys with a value for each layer
 Mixer = Literal["standard", "mamba", "fractal"]
-Range = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+MOST_LAYERS = 10000
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Multiple = Annotated[float, Field(ge=0, le=1000)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -45,22 +48,23 @@ class GPTConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    vocab_size: PositiveInt | None = Field(None, description="rows of the embedding table; null: the tokenizer's")
-    block_size: PositiveInt = Field(128, description="tokens of one training block")
-    n_layer: PositiveInt | None = Field(None, description="number of layers; null: as many as the lists have, or 4")
-    n_embd: PositiveInt | list[PositiveInt] = Field(128, description="width of each layer")
-    n_head: PositiveInt | list[PositiveInt | None] | None = Field(None, description="heads a layer; null: width // 64")
+    vocab_size: Count | None = Field(None, description="rows of the embedding table; null: the tokenizer's")
+    block_size: Count = Field(128, description="tokens of one training block")
+    n_layer: Count | None = Field(
+        None, le=MOST_LAYERS, description="number of layers; null: as many as the lists have, or 4")
+    n_embd: Count | list[Count] = Field(128, description="width of each layer")
+    n_head: Count | list[Count | None] | None = Field(None, description="heads a layer; null: width // 64")
     attention_type: Mixer | list[Mixer] = Field("standard", description="mixer of each layer")
-    ffn_mult: float | list[float] = Field(4.0, description="feed-forward width / layer width; 0: no feed-forward")
-    window: PositiveInt | None = Field(None, description="positions an attention query sees; null: block_size")
+    ffn_mult: Multiple | list[Multiple] = Field(4.0, description="feed-forward width / layer width; 0: no feed-forward")
+    window: Count | None = Field(None, description="positions an attention query sees; null: block_size")
     position: Literal["rope", "learned"] = Field("rope", description="rotary positions, or GPT-2's learned table")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before each mixer and FFN")
-    norm_eps: float = Field(1e-5, gt=0, description="added to the variance in every norm")
+    norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the variance in every norm")
     bias: bool = Field(False, description="biases in attention, feed-forward and layer norms")
     qk_norm: bool = Field(False, description="RMS norm of each head's queries and keys")
     zero_init: bool = Field(False, description="mixers and feed-forward layers add nothing at first")
     ngram_orders: list[Annotated[int, Field(ge=2)]] = Field([], description="hashed n-grams added to the embedding")
-    ngram_rows: PositiveInt = Field(16384, description="rows of each order's table of hashed n-grams")
+    ngram_rows: Count = Field(16384, description="rows of each order's table of hashed n-grams")
     activation: Literal["relu2", "gelu_tanh", "silu"] = Field("relu2", description="feed-forward activation")
     dropout: Probability = Field(0.0, description="dropout of embeddings, attention and residual branches")
     ngram_dropout: Probability = Field(0.0, description="training: an n-gram's row is left out with this probability")
@@ -68,13 +72,13 @@ class GPTConfig(BaseModel):
     tie_weights: bool | None = Field(None, description="lm_head = wte; null: where first and last width agree")
     skip_connections: bool = Field(False, description="learned path from each layer to its mirror of equal width")
     d_state: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Mamba: state size N of each channel")
-    d_conv: PositiveInt = Field(4, description="Mamba: taps of the causal convolution")
-    expand: PositiveInt = Field(2, description="Mamba: inner width / layer width")
-    dt_rank: PositiveInt | None = Field(None, description="Mamba: rank of the step sizes; null: ceil(width / 16)")
-    fractal_count: PositiveInt = Field(4, description="fractal modules in a fractal layer")
+    d_conv: Count = Field(4, description="Mamba: taps of the causal convolution")
+    expand: Count = Field(2, description="Mamba: inner width / layer width")
+    dt_rank: Count | None = Field(None, description="Mamba: rank of the step sizes; null: ceil(width / 16)")
+    fractal_count: Count = Field(4, le=1000, description="fractal modules in a fractal layer")
     fractal_depth_range: Range = Field([1, 3], description="lowest and highest depth of a module, at most 5")
     fractal_dim_range: Range = Field([32, 64], description="lowest and highest width of a module, in steps of 8")
-    fractal_kernel: PositiveInt = Field(4, description="taps of each unit's causal convolution")
+    fractal_kernel: Count = Field(4, description="taps of each unit's causal convolution")
     fractal_drop: Probability = Field(0.05, description="training: a join takes a single branch with this probability")
     fractal_level_drop: Probability = Field(0.1, description="training: a module is cut to fewer levels with it")
     fractal_seed: int = Field(1337, description="seed of the depths and widths drawn for each module")
@@ -108,7 +112,7 @@ class GPTConfig(BaseModel):
                 mistakes.append(f"n_head: {nh} heads do not divide the width {C} of layer {i}; change n_head or n_embd")
             elif kind == "standard" and self.position == "rope" and (C // nh) % 2:
                 mistakes.append(f"n_head: heads of layer {i} are {C // nh} wide; rotary positions need an even width")
-            if mult < 0 or (mult and feed_forward_width(mult, C) < 1):
+            if mult and feed_forward_width(mult, C) < 1:
                 mistakes.append(f"ffn_mult: {mult} at layer {i}; 0 or at least 1 / width is allowed")
         if self.tie_weights and self.n_embd[0] != self.n_embd[-1]:
             mistakes.append(f"tie_weights: true, but the first width is {self.n_embd[0]}, the last {self.n_embd[-1]}")
@@ -618,8 +622,6 @@ class FractalBlock(nn.Module):
         self.drop, self.level_drop = config.fractal_drop, config.fractal_level_drop
         self.levels = None
         self.groups = {c: [k for k, depth in enumerate(self.depths) if depth == c] for c in sorted(set(self.depths))}
-        for c, group in self.groups.items():
-            self.register_buffer(f"true_H_{c}", torch.tensor([[self.dims[k]] for k in group]), persistent=False)
         self.W_in = Linear(C, 2 * sum(self.dims), bias=False)
         self.fractals = nn.ModuleList(FractalModule(c, H, self.kernel) for c, H in zip(self.depths, self.dims))
         self.W_out = Linear(sum(self.dims), C, bias=False)
@@ -647,7 +649,7 @@ class FractalBlock(nn.Module):
             M = [F.pad(m.M[i].weight, (0, p, 0, p)) for i in levels for m, p in zip(modules, pads)]
             p = torch.stack([m.a for m in modules], dim=1).sigmoid()[:, :, None]
             wide = torch.promote_types(p.dtype, torch.float32)
-            inverse_H = getattr(self, f"true_H_{c}").to(wide).reciprocal()
+            inverse_H = torch.stack([m.a.new_full((1,), 1 / self.dims[k], dtype=wide) for k, m in zip(group, modules)])
             packed.append((torch.stack(conv).unflatten(0, (c, -1)).flatten(1, 2),
                            torch.stack(M).unflatten(0, (c, -1)).mT, p, inverse_H, torch.full_like(inverse_H, self.eps)))
         return packed
@@ -965,8 +967,8 @@ class NGramEmbedding(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.orders, self.rows, self.dropout = set(config.ngram_orders), config.ngram_rows, config.ngram_dropout
-        self.reach = max(self.orders) - 1
+        self.orders, self.rows = sorted(set(config.ngram_orders)), config.ngram_rows
+        self.reach, self.dropout = self.orders[-1] - 1, config.ngram_dropout
         self.table = nn.EmbeddingBag(len(self.orders) * self.rows, config.n_embd[0], mode="sum")
 
     def initial_state(self, B, device):
@@ -978,7 +980,7 @@ class NGramEmbedding(nn.Module):
         document = None
         if reset is not None:
             document = F.pad(reset.cumsum(1), (self.reach, 0))  # (B, reach + T), 0 up to the first reset
-        h, rows = idx, []
+        h, rows = tokens[:, self.reach:], []
         for n in range(2, self.reach + 2):  # h: the last n tokens as a number of 64 bits, overflow wanted
             at = slice(self.reach + 1 - n, self.reach + 1 - n + T)
             token = tokens[:, at]
@@ -1052,9 +1054,10 @@ class GPT(nn.Module):
                 nn.init.uniform_(module.dt_proj.weight, -module.dt_rank**-0.5, module.dt_rank**-0.5)
                 dt = torch.exp(torch.rand(module.d_inner) * math.log(100) + math.log(0.001)).clamp(min=1e-4)
                 module.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-            if leaf in ("c_attn", "c_fc", "c_proj") and module.bias is not None:
+            back = leaf in ("c_proj", "W_out", "out_proj")  # to the stream
+            if (back or leaf in ("c_attn", "c_fc")) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-            if leaf in ("c_proj", "W_out", "out_proj") and self.config.zero_init:
+            if back and self.config.zero_init:
                 nn.init.zeros_(module.weight)
 
     @classmethod
@@ -1200,11 +1203,12 @@ class GPT(nn.Module):
             flops.append(2 * macs)
         return [*flops, 2 * self.lm_head.weight.numel()]
 
-    def layer_table(self) -> str:
-        """One line a layer: index, type, width, parameters, forward FLOPs a token, bytes of state a stream."""
+    def layer_table(self, dtype: torch.dtype | None = None) -> str:
+        """One line a layer: index, type, width, parameters, forward FLOPs a token, bytes of state a stream; dtype is
+        that of the activations."""
         rows = [("layer", "type", "width", "parameters", "FLOPs/token", "state bytes")]
         flops = self.flops_per_token()
-        for i, (block, state) in enumerate(zip(self.h, self.initial_state(1)["layers"])):
+        for i, (block, state) in enumerate(zip(self.h, self.initial_state(1, dtype)["layers"])):
             n = sum(p.numel() for p in block.parameters())
             if str(i) in self.skip:
                 n += self.skip[str(i)].weight.numel()

@@ -521,7 +521,7 @@ class DataLoader:
         if n < needed:
             sizes = f"batch_size {batch_size}, block_size {block_size}, {world_size} processes"
             raise DataError(f"the training split has {n:,} tokens and one step needs {needed:,} ({sizes}): "
-                            "lower batch_size or block_size, or put more text into the data set")
+                            "lower batch_size, block_size or val_fraction, or put more text into the data set")
         self.steps_per_epoch = max(1, n // self.lanes // block_size)
         self.step = 0
 

@@ -283,8 +283,9 @@ def decode_block(block, state):
 @torch.no_grad()
 def decoder(model: GPT, state: dict):
     """A function of the next token (B, 1) that gives the logits after it (B, V), for the stream that has come to this
-    state: the model's forward, token by token, in half of the time or less. When weights have changed, make another."""
-    blocks = [decode_block(block, s) for block, s in zip(model.h, state["layers"])]
+    state: the model's forward, token by token, in half of the time or less. For a model in eval mode; when its weights
+    have changed, make another. The logits are inference tensors: clone them to change them in place."""
+    blocks = [decode_block(block, s) for block, s in zip(model.h, state["layers"], strict=True)]
     head, norm, n_layer = product(model.lm_head.weight), normalisation(model.ln_f), len(blocks)
     skips = {int(i): product(linear.weight) for i, linear in model.skip.items()}
     ngrams, pos = (map_state(torch.clone, state.get(key)) for key in ("ngrams", "pos"))
@@ -527,7 +528,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         help="draw from tokens at least P times as likely as the likeliest")
     add("--repetition_penalty", type=number(float, "from 0.01 to 100", lambda r: 0.01 <= r <= 100), default=1.0,
         metavar="R", help="above 1: tokens seen before become less likely (default: %(default)s, off)")
-    add("--num_samples", type=count, default=1, metavar="N", help="samples, made side by side (default: %(default)s)")
+    add("--num_samples", type=number(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10000), default=1, 
+        metavar="N", help="samples, made side by side (default: %(default)s)")
     add("--stop", metavar="TEXT", help="end a sample before this text")
     add("--seed", type=number(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63), metavar="N",
         help="makes samples repeatable (default: a new one each time, shown)")
@@ -552,6 +554,8 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         parser.error(f"--{given[0]} is for text that is written; leave it out with --score and --encode")
     if args.stop == "":
         parser.error("--stop: an empty text; leave it out to go on to --max_new_tokens")
+    if args.stop is not None and args.stop.encode(errors="replace").decode() != args.stop:
+        parser.error("--stop: not valid UTF-8, as all text that is written is")
     if args.seed is None:
         args.seed = secrets.randbelow(2**31)
     return parser, args

@@ -9,7 +9,7 @@ Top to bottom: the configuration, the files of a run, optimizer and schedule, ev
 import gc
 import time
 
-START = time.time()  # before the slow imports: a run's seconds count from here
+START = time.monotonic()  # before the slow imports: a run's seconds count from here
 if __name__ == "__main__":
     gc.disable()  # until the loop: imports make a million objects, and looking for garbage among them takes 0.3 s
 
@@ -36,13 +36,13 @@ from typing import Literal, get_origin
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import kernels
-from model import GPT, PER_LAYER, Block, GPTConfig, Probability, layer_counts, map_state
+from model import GPT, MOST_LAYERS, PER_LAYER, Block, Count, GPTConfig, Probability, layer_counts, map_state
 from prepare import DataError, DataLoader, Tokenizer, eval_blocks, eval_lanes, load_corpus, publish, temporary_file
 from sample import CHECKPOINT_FORMAT, SampleError, choose_device, fitting, generate, load_checkpoint
 
@@ -60,30 +60,32 @@ class Config(GPTConfig):
     """The "config" object of the file: the model's keys, and those of data and optimisation."""
 
     tokenizer: str = Field("byte", description="byte, gpt2 or another tiktoken name")
-    batch_size: PositiveInt = Field(16, description="rows of a step, for each process")
-    gradient_accumulation_steps: PositiveInt = Field(1, description="batches summed into one optimizer step")
+    batch_size: Count = Field(16, description="rows of a step, for each process")
+    gradient_accumulation_steps: Count = Field(1, description="batches summed into one optimizer step")
     sequential: bool = Field(True, description="contiguous streams with the state carried; false: random windows")
     carry_state: bool = Field(True, description="false: every block of a stream starts with a fresh state")
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the token stream, its end, kept for validation")
-    max_iters: PositiveInt | None = Field(None, description="optimizer steps; null: as epochs says, or 2000")
-    epochs: PositiveFloat | None = Field(None, description="passes over the training split, in place of max_iters")
+    max_iters: Count | None = Field(None, description="optimizer steps; null: as epochs says, or 2000")
+    epochs: float | None = Field(
+        None, gt=0, le=1e6, description="passes over the training split, in place of max_iters")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for hidden matrices, AdamW elsewhere")
     learning_rate: PositiveFloat = Field(2e-3, description="highest learning rate")
     muon_learning_rate: PositiveFloat | None = Field(None, description="Muon's highest one; null: learning_rate")
     min_lr: NonNegativeFloat | None = Field(None, description="last learning rate; null: learning_rate / 10")
     warmup_iters: int | None = Field(None, ge=0, description="warm-up steps; null: min(100, max_iters / 20)")
-    lr_decay_iters: PositiveInt | None = Field(None, description="step where the cosine ends; null: max_iters")
+    lr_decay_iters: Count | None = Field(None, description="step where the cosine ends; null: max_iters")
     weight_decay: NonNegativeFloat = Field(0.1, description="decay of the matrices of linear and embedding layers")
     beta1: Probability = Field(0.9, description="AdamW's first beta")
     beta2: Probability = Field(0.99, description="AdamW's second beta")
     grad_clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0: no clipping")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the matrix products")
-    eval_interval: PositiveInt = Field(250, description="steps between evaluations")
-    eval_iters: PositiveInt | None = Field(None, description="batches of an evaluation; null: the validation split")
-    eval_lanes: PositiveInt = Field(16, description="rows of an evaluation: contiguous streams, or blocks on their own")
-    checkpoint_interval: PositiveInt = Field(500, description="steps between checkpoints")
-    keep_checkpoints: PositiveInt = Field(3, description="newest checkpoints kept")
-    max_bad_steps: PositiveInt = Field(20, description="skipped steps (loss or gradient not finite) in a row that stop")
+    eval_interval: Count = Field(250, description="steps between evaluations")
+    eval_iters: Count | None = Field(None, description="batches of an evaluation; null: the validation split")
+    eval_lanes: Count = Field(
+        16, le=2**16, description="rows of an evaluation: contiguous streams, or blocks on their own")
+    checkpoint_interval: Count = Field(500, description="steps between checkpoints")
+    keep_checkpoints: Count = Field(3, description="newest checkpoints kept")
+    max_bad_steps: Count = Field(20, description="skipped steps (loss or gradient not finite) in a row that stop")
 
     def _complete(self) -> list[str]:
         mistakes = super()._complete()
@@ -172,7 +174,7 @@ def read_json(text: str):
     """What the text says in JSON, where a number may begin with its point, or the text"""
     try:
         return json.loads(re.sub(r"^(-?)\.(?=\d)", r"\g<1>0.", text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -211,7 +213,7 @@ def read_file(path: Path) -> tuple[dict, list[str]]:
         return {}, [f"{path}: no such file; name another with --config, or leave --config out"]
     except json.JSONDecodeError as error:
         return {}, [f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"]
-    except (OSError, ValueError) as error:  # the latter: not UTF-8, or a number of thousands of digits
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, numbers or nesting of thousands
         return {}, [f"{path}: cannot be read: {error}"]
     if not isinstance(content, dict) or not isinstance(content.get("config", {}), dict):
         return {}, [f'{path}: must be an object whose "config" is an object']
@@ -233,7 +235,9 @@ def merge(file: dict, flags: dict, where: str) -> tuple[dict, list[str], list[st
     notes, mistakes = [], []
     for level, name in ((file, where), (flags, "flags")):
         counts = layer_counts(level)
-        if len(set(counts.values())) > 1:
+        mistakes += [f"{name}: {key}: an empty list; give one entry for each layer" for key in PER_LAYER
+                     if level.get(key) == []]
+        if 0 not in counts.values() and len(set(counts.values())) > 1:
             described = ", ".join(f"{key} has {n}" for key, n in counts.items())
             mistakes.append(f"{name}: layers do not agree: {described}; make them equal, or give one value for all")
     merged = dict(file)
@@ -241,7 +245,7 @@ def merge(file: dict, flags: dict, where: str) -> tuple[dict, list[str], list[st
         if flags.get(key) is not None:
             merged.pop(other, None)
     wanted = set(layer_counts(flags).values())
-    if len(wanted) == 1 and not mistakes:
+    if len(wanted) == 1 and not mistakes and max(wanted) <= MOST_LAYERS:
         n_layer = wanted.pop()
         merged.pop("n_layer", None)
         for key in PER_LAYER:
@@ -282,7 +286,7 @@ def write_schema():
 def load_config(argv: list[str] | None = None) -> Settings:
     """Read file and flags. Mistakes are printed, one line each, and end the program with exit code 2."""
     path, flags, mistakes = read_flags(sys.argv[1:] if argv is None else argv)
-    if path is None and not CONFIG_FILE.exists():
+    if path is None and not os.path.lexists(CONFIG_FILE):
         try:
             write_atomically(CONFIG_FILE, DEFAULT_FILE)
             print(f"{CONFIG_FILE} was missing: wrote the default one")
@@ -323,6 +327,16 @@ class RunError(Exception):
     """A mistake that only shows once the run's files are read; its text is one line."""
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Within, path is written: RunError, with its name, where that fails."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the zip writer's own may hide the system's
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise RunError(f"{path} cannot be written: {getattr(cause, 'strerror', None) or cause}") from None
+
+
 def lock(folder: Path, closing: contextlib.ExitStack):
     """Hold the folder, as one run at a time does, where the system can; closing lets go of it. Raises RunError."""
     with contextlib.suppress(ImportError):  # Windows
@@ -343,7 +357,7 @@ def archive_run(folder: Path):
     files = sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
     if not files:
         return
-    number = 1 + max((int(p.name[4:]) for p in folder.glob("run_*") if p.name[4:].isdigit()), default=0)
+    number = 1 + max((int(p.name[4:]) for p in folder.glob("run_*") if p.name[4:].isdecimal()), default=0)
     target = folder / f"run_{number:03d}"
     target.mkdir()
     for path in files:
@@ -395,7 +409,7 @@ def read_metrics(path: Path, last_step: int) -> list[dict]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 metrics.append(json.loads(line))
-    return [m for m in metrics if m["step"] <= last_step]
+    return [m for m in metrics if isinstance(m, dict) and m["step"] <= last_step]
 
 
 def plot_losses(metrics: list[dict], path: Path):
@@ -412,7 +426,7 @@ def plot_losses(metrics: list[dict], path: Path):
     ax.grid(alpha=0.3)
     if ax.lines:
         ax.legend()
-    with replacing(path) as file:
+    with writing(path), replacing(path) as file:
         figure.savefig(file, dpi=120, format="png")
 
 
@@ -623,6 +637,10 @@ class Run:
         self.folder = Path(settings.checkpoint_dir)
         self.carries = self.config.sequential and self.config.carry_state
         self.sharded = settings.fsdp and world_size > 1
+        if self.sharded and self.config.dtype == "float16":
+            raise RunError('fsdp: true with dtype "float16"; give bfloat16 or float32')
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"checkpoint_dir: {self.folder} is a file; give a folder")
         self.tokenizer = Tokenizer(self.config.tokenizer)
         vocab_size, n_vocab = self.config.vocab_size, self.tokenizer.n_vocab
         if vocab_size is not None and vocab_size < n_vocab:
@@ -656,7 +674,8 @@ class Run:
         self.token_bytes = torch.as_tensor(self.tokenizer.token_bytes, device=self.device)
         accumulation = config.gradient_accumulation_steps
         self.tokens_per_step = self.world_size * accumulation * config.batch_size * config.block_size
-        self.max_iters = config.max_iters or math.ceil(config.epochs * self.loader.steps_per_epoch / accumulation)
+        steps = (config.epochs or 0) * self.loader.steps_per_epoch / accumulation
+        self.max_iters = config.max_iters or max(1, math.ceil(steps - 1e-6))
         names = ", ".join(path.name for path in corpus.files[:6]) + (" ..." if len(corpus.files) > 6 else "")
         origin = f" of Python's own library, as {self.settings.dataset}/ is empty" if corpus.is_default else ""
         self.say(f"text: {corpus.n_bytes:,} bytes in {len(corpus.files)} files ({names}){origin}")
@@ -668,6 +687,7 @@ class Run:
         if init_from == "scratch":
             return None
         if init_from == "resume":
+            self.found = checkpoints(self.folder)
             return newest_checkpoint(self.folder, self.say)
         checkpoint = self.pretrained() if names_a_hub_model(init_from) else load_checkpoint(Path(init_from))
         if checkpoint["tokenizer"] != self.tokenizer.name:
@@ -707,14 +727,12 @@ class Run:
             with fitting(f"init_from {settings.init_from}: the checkpoint"):
                 self.model.load_state_dict(checkpoint["model"])
         self.model.to(self.device)
-        self.say(self.model.layer_table())
-
         self.dtype = choose_dtype(config.dtype, self.device)
+        self.say(self.model.layer_table(self.dtype))
+
         self.autocast = (contextlib.nullcontext() if self.dtype == torch.float32 else
                          torch.autocast(self.device.type, self.dtype))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if self.sharded and self.scaler.is_enabled():
-            raise RunError('fsdp: true with dtype "float16"; give bfloat16 or float32')
         if settings.fsdp and not self.sharded:
             self.say("note: fsdp: one process has nothing to share; start N by torchrun --nproc_per_node=N train.py")
         if self.sharded:  # a layer's weights are whole while it runs, those outside the layers throughout a pass
@@ -728,7 +746,7 @@ class Run:
             how += f", sharded over {self.world_size} processes"
         elif self.world_size > 1:
             for p in self.model.parameters():  # DDP waits for every gradient; fractals of depth 1 have no joins
-                p.requires_grad_(p.numel() > 0)
+                p.requires_grad_(p.requires_grad and p.numel() > 0)
             self.step_model = DDP(self.step_model, device_ids=[self.device] if self.device.type == "cuda" else None)
         self.optimizers = make_optimizers(self.model, config, self.device)
         self.say(f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}, {how}: {self.max_iters} steps of "
@@ -759,7 +777,10 @@ class Run:
         return "compiled between matrix products (the first time on a machine takes up to a minute)"
 
     def initial_state(self) -> dict | None:
-        return self.model.initial_state(self.config.batch_size, self.dtype) if self.carries else None
+        if not self.carries:
+            return None
+        state = self.model.initial_state(self.config.batch_size, self.dtype)
+        return map_state(lambda t: whole(t).detach(), state)  # of a mixer whose state begins with weights
 
     def try_compiled_layers(self) -> str:
         """Compile the layers in a step of training that changes nothing. Returns why that failed, then they run as they
@@ -782,7 +803,9 @@ class Run:
     def restore(self, checkpoint: dict):
         self.step, self.tokens = checkpoint["step"], checkpoint["tokens"]
         self.evaluated = checkpoint.get("evaluated", self.step)  # it may be older
-        self.best_val_loss, self.seconds_before = checkpoint["best_val_loss"], checkpoint["seconds"]
+        self.seconds_before = checkpoint["seconds"]
+        with contextlib.suppress(SampleError):  # it may be of a later step, damaged or not there
+            self.best_val_loss = load_checkpoint(self.folder / "best_model.pt", mmap=True)["best_val_loss"]
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(saved)
             for p, state in optimizer.state.items():
@@ -839,19 +862,15 @@ class Run:
                 file.result()
 
     def write(self, run: dict, name: str):
-        try:
-            with replacing(self.folder / name) as file:
-                torch.save(run, file)
-        except (OSError, RuntimeError) as error:  # the zip writer's own may hide the system's
-            cause = error if isinstance(error, OSError) else error.__context__ or error
-            raise RunError(f"{self.folder / name} cannot be written: {cause}") from None
+        with writing(self.folder / name), replacing(self.folder / name) as file:
+            torch.save(run, file)
         written = checkpoints(self.folder)
         if self.folder / name in written:  # damaged ones of later steps may be there, which a resumed run passed over
             for path in written[: written.index(self.folder / name) + 1][: -self.config.keep_checkpoints]:
                 path.unlink()
 
     def seconds(self) -> float:
-        return self.seconds_before + time.time() - START
+        return self.seconds_before + time.monotonic() - START
 
     def open_logs(self):
         if self.world_size > 1:
@@ -861,10 +880,12 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
         self.folder.mkdir(parents=True, exist_ok=True)
         lock(self.folder, self.closing)
-        for path in self.folder.glob(".*.pt.*.tmp"):  # of a run that was killed while it wrote
-            path.unlink()
+        for path in itertools.chain(*(self.folder.glob(f".{name}.*.tmp") for name in RUN_FILES)):
+            path.unlink()  # of a run that was killed while it wrote
         if self.settings.init_from != "resume":
             archive_run(self.folder)
+        elif checkpoints(self.folder) != self.found:
+            raise RunError(f"checkpoint_dir: another run has just saved in {self.folder}/; start once more")
         self.metrics = read_metrics(self.folder / "metrics.jsonl", self.step)
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
         self.writer = self.closing.enter_context(SummaryWriter(self.folder, purge_step=self.step + 1))
@@ -874,11 +895,13 @@ class Run:
             return
         values = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON knows no NaN
         self.metrics.append({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds(), 3), **values})
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.metrics[-1]) + "\n")
-        for key, value in values.items():
-            if value is not None:
-                self.writer.add_scalar(key, value, self.step)
+        with writing(self.folder / "events.out.tfevents.*"):
+            for key, value in values.items():
+                if value is not None:
+                    self.writer.add_scalar(key, value, self.step)
 
     def evaluate(self) -> bool:
         """Both validation losses, of the same text; leaves the training state as it was. Returns whether val_loss is
@@ -979,12 +1002,13 @@ class Run:
         """Train up to max_iters or until a signal; returns whether the run got to its end."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle_signal)
-        config, stop, bad_steps, losses, clock = self.config, False, 0, [], time.time()
+        config, stop, bad_steps, losses = self.config, False, 0, []
         self.model.train()
         with tqdm(total=self.max_iters, initial=self.step, disable=self.rank > 0, unit="step", dynamic_ncols=True,
                   mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
             if self.step % config.eval_interval == 0 and self.evaluated < self.step:  # a signal came before it
-                self.review(saves=False)
+                self.review(saves=True)
+            clock = time.monotonic()
             while self.step < self.max_iters and not stop:
                 loss, lr, grad_norm = self.train_step()
                 losses.append(loss)
@@ -996,13 +1020,13 @@ class Run:
                 bar.update()
                 last = self.step == self.max_iters
                 if self.step % LOG_EVERY == 0 or last:
-                    speed = len(losses) * self.tokens_per_step / (time.time() - clock)
+                    speed = len(losses) * self.tokens_per_step / (time.monotonic() - clock)
                     mean_loss = sum(losses) / len(losses)
                     bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
                     self.log(train_loss=mean_loss, learning_rate=lr, grad_norm=grad_norm,
                              tokens_per_second=round(speed))
-                    losses, clock = [], time.time()
-                paused, stop = time.time(), self.stop_requested() and not last
+                    losses, clock = [], time.monotonic()
+                paused, stop = time.monotonic(), self.stop_requested() and not last
                 # not amid bad steps: the weights before them may be the reason
                 saves = (self.step % config.checkpoint_interval == 0 and not bad_steps) or last or stop
                 if (self.step % config.eval_interval == 0 or last) and not stop:
@@ -1010,7 +1034,7 @@ class Run:
                 elif saves:
                     with self.saving(best=False, step=True):
                         pass
-                clock += time.time() - paused
+                clock += time.monotonic() - paused
         return not stop
 
     def main(self):
@@ -1077,9 +1101,16 @@ def main():
         if world_size > 1:  # Python objects go by gloo: NCCL would gather them in the GPUs' memory
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         Run(settings, device, rank, world_size).main()
-    except (RunError, SampleError, DataError, OSError) as error:
+    except KeyboardInterrupt:  # before the loop, which saves
+        sys.exit(130)
+    except (RunError, SampleError, DataError, OSError, MemoryError, RuntimeError) as error:
+        reason = str(error)
+        if isinstance(error, RuntimeError) and "memory" not in reason:
+            raise
+        if isinstance(error, (MemoryError, RuntimeError)):
+            reason = "memory is too small, lower batch_size, block_size or n_embd: " + reason.partition("\n")[0]
         if local_rank == 0:  # another machine may lack what this one has
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {reason}", file=sys.stderr)
         sys.exit(1)
     finally:
         if dist.is_initialized():

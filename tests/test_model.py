@@ -100,7 +100,8 @@ def grads_of(model, logits, state):
                 if block.kind == "standard":  # slots that are not valid hold anything
                     t = t * layer[2][:, None, :, None]
                 terms.append((t * torch.randn(t.shape, generator=gen, dtype=t.dtype)).sum())
-    return torch.autograd.grad(sum(terms), list(model.parameters()), allow_unused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.autograd.grad(sum(terms), trained, allow_unused=True)
 
 
 def two_blocks(mixer, x, dy, bfloat16, reset=None):
@@ -205,6 +206,8 @@ def test_a_mixer_without_a_decoder_goes_by_its_forward(monkeypatch):
     model, idx = make("hybrid").eval(), torch.randint(V, (2, 12))
     step = decoder(model, model(idx[:, :3])[2])
     close(torch.stack([step(idx[:, t:t + 1]) for t in range(3, 12)], 1), model(idx)[0][:, 3:])
+    with pytest.raises(ValueError, match="shorter"):
+        decoder(model, model.encode(idx)[1])  # of some of the layers
 
 
 @pytest.mark.parametrize("kind", MIXERS)
@@ -439,6 +442,9 @@ def test_layer_table_counts_every_parameter_once(kind):
     numbers = [int(line.split()[-3 if i < len(table) - 2 else -2].replace(",", "")) for i, line in enumerate(table)
                if i > 0]
     assert sum(numbers[:-1]) == numbers[-1] == sum(p.numel() for p in model.parameters())
+    for dtype in (torch.bfloat16, torch.float64):
+        sizes = [int(line.split()[-1].replace(",", "")) for line in model.layer_table(dtype).splitlines()[1:-2]]
+        assert sizes == [sum(t.nbytes for t in state) for state in model.initial_state(1, dtype)["layers"]]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -916,5 +922,20 @@ def test_initial_weights_are_those_of_the_table():
     dt = torch.nn.functional.softplus(mamba.dt_proj.bias)
     assert 0.00099 < dt.min() < 0.002 and 0.05 < dt.max() < 0.101
     still = GPT(GPTConfig(**keys | dict(zero_init=True, n_embd=128)))
+    still.h[0].mixer.out_proj = torch.nn.Linear(256, 128)  # as a mixer of one's own may have it
+    still.init_weights()
     idx = torch.randint(999, (2, 9))
     assert torch.equal(still.trunk(idx)[0], still.wte(idx))
+
+
+def test_a_model_made_without_memory_is_its_weights():
+    """Nothing that it computes with stands outside the state dict."""
+    kinds = ["mamba", "fractal", "standard"]
+    keys = dict(vocab_size=40, n_embd=16, n_head=1, attention_type=kinds, ngram_orders=[2, 3])
+    model, idx = GPT(GPTConfig(**keys)).eval(), torch.randint(40, (2, 9))
+    torch.nn.init.normal_(model.ngrams.table.weight)
+    with torch.device("meta"):
+        other = GPT(GPTConfig(**keys)).eval()
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other(idx)[0], model(idx)[0])
+    assert torch.equal(model(idx.int())[0], model(idx)[0])  # hashes have 64 bits whatever the tokens have

@@ -450,7 +450,8 @@ def test_dtype(capsys, hybrid, tmp_path):
     ("--top_p 0", "at most 1"), ("--top_p 1.01", "at most 1"), ("--min_p 2", "from 0 to 1"), ("--seed -1", "from 0 to"),
     ("--repetition_penalty 0", "0.01 to 100"), ("--max_new_tokens 1.5", "whole number"), ("--num_samples x", "whole"),
     ("--fractal_levels 0", "at least 1"), ("--topk 3", "--top_k"), ("--dtype int8", "bfloat16"), ("extra", "extra"),
-    ("--prompt a --score b", "not allowed with"), ("--stop=", "--stop"), ("--encode a", "--output"),
+    ("--prompt a --score b", "not allowed with"), ("--stop=", "--stop"),
+    ("--stop \udcff", "UTF-8"), ("--num_samples 1000000000", "10000"), ("--encode a", "--output"),
     ("--output a.npy", "--encode"), ("--encode a --output no/such/a.npy", "no folder no/such"),
     ("--score a --top_k 3", "--top_k"), ("--encode a --output b --seed 1", "--seed"), ("--device gpu", "--device cpu")])
 def test_wrong_flags(capsys, flags, said):

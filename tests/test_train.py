@@ -1,6 +1,7 @@
 """The training run as its user sees it: configuration, learning, exact resume, signals, several processes."""
 
 import copy
+import errno
 import itertools
 import json
 import math
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
 
 import train
 from model import GPT, GPTConfig, map_state
@@ -150,7 +153,7 @@ def test_flags_win_and_fit_the_files_lists(folder):
     (["--bath_size", "3"], ["--bath_size", "--batch_size"]),
     (["--batch_size", "0"], ["--batch_size 0", "greater than 0"]),
     (["--n_embd", "64,x"], ["--n_embd", "valid integer"]),
-    (["--attention_type", "mamba,atention"], ["--attention_type", "'standard', 'mamba' or 'fractal'"]),
+    (["--attention_type", "mamba,atention"], ["--attention_type", "'standard', 'mamba'"]),
     (["--n_embd", "8,8", "--attention_type", "mamba,mamba,mamba"], ["n_embd has 2", "attention_type has 3"]),
     (["--max_iters", "5", "--epochs", "2"], ["max_iters", "epochs"]),
     (["--fractal_depth_range", "1,6"], ["fractal_depth_range", "H^2"]),
@@ -162,6 +165,16 @@ def test_flags_win_and_fit_the_files_lists(folder):
     (["--ffn_mult", "Infinity"], ["--ffn_mult inf", "finite"]),
     (["--epochs", "1e400"], ["--epochs inf", "finite"]),
     (["--seed", "99999999999999999999"], ["--seed", "less than"]),
+    (["--eval_iters", str(2**63)], ["--eval_iters", "less than"]),
+    (["--eval_lanes", "1000000000000"], ["--eval_lanes", "less than"]),
+    (["--n_layer", str(10**18)], ["--n_layer", "less than"]),
+    (["--fractal_count", str(10**9)], ["--fractal_count", "less than"]),
+    (["--n_head", "[]"], ["flags: n_head: an empty list"]),
+    (["--ffn_mult=-1,4"], ["--ffn_mult", "greater than"]),
+    (["--ffn_mult", "1e308"], ["--ffn_mult", "less than"]),
+    (["--norm_eps", "1e308"], ["--norm_eps", "less than"]),
+    (["--epochs", "1e308"], ["--epochs", "less than"]),
+    (["--n_embd", "[" * 100000], ["--n_embd", "valid integer"]),
     (["stray"], ["stray"]),
 ])
 def test_mistakes_are_one_line_each(folder, capsys, flags, words):
@@ -190,9 +203,13 @@ def test_mistakes_of_model_and_training_come_together(folder, capsys):
     lines = refused(capsys, "--config", file)
     assert [words for words in ("n_head: 5 heads do not divide", "epochs: 2", "min_lr: 1.0 is above")
             if not any(words in line for line in lines)] == []
-    file.write_text('{"config": {"n_embd": ' + "9" * 5000 + "}}")
-    line, = refused(capsys, "--config", file)
-    assert "mine.json: cannot be read" in line
+    for value in ("9" * 5000, "[" * 100000):
+        file.write_text('{"config": {"n_embd": ' + value + "}}")
+        line, = refused(capsys, "--config", file)
+        assert "mine.json: cannot be read" in line
+    (folder / "current_configuration.json").symlink_to("on a disk that is not there")
+    line, = refused(capsys)
+    assert "current_configuration.json: no such file" in line
 
 
 def test_of_several_processes_one_names_the_mistakes(folder, capsys, monkeypatch):
@@ -393,6 +410,7 @@ def test_a_new_run_never_writes_over_another(folder, capsys):
     assert (folder / "checkpoints/run_001/best_model.pt").read_bytes() == first
     assert (folder / "checkpoints/run_001/metrics.jsonl").exists()
     assert "run_001" in capsys.readouterr().out
+    (folder / "checkpoints/run_²").mkdir()
     run("--max_iters", 2, "--init_from", folder / "checkpoints/run_001/best_model.pt")
     assert (folder / "checkpoints/run_002").is_dir()
 
@@ -466,11 +484,40 @@ def test_resume_passes_over_a_damaged_checkpoint(folder, capsys):
     assert this.step == 4 and "damaged" in capsys.readouterr().out
     assert train.load_checkpoint(newest)["step"] == 4
     newest.write_bytes(newest.read_bytes()[:2000])
-    left_by_a_kill = folder / "checkpoints/.best_model.pt.99.tmp"
-    left_by_a_kill.touch()
+    left_by_kills = [folder / f"checkpoints/.{name}.99.tmp" for name in ("best_model.pt", "loss.png")]
+    for path in left_by_kills:
+        path.touch()
     run("--max_iters", 3, "--init_from", "resume", "--keep_checkpoints", 1)  # its own, and what it does not know
     assert [p.name[-4:-3] for p in train.checkpoints(folder / "checkpoints")] == ["3", "4"]
-    assert run("--max_iters", 3, "--init_from", "resume").step == 3 and not left_by_a_kill.exists()
+    assert run("--max_iters", 3, "--init_from", "resume").step == 3
+    assert not any(path.exists() for path in left_by_kills)
+
+
+def test_the_best_model_of_a_resumed_run_is_the_one_on_the_disk(folder):
+    """It may be of a step after the checkpoint, or have stayed elsewhere."""
+    flags = ["--max_iters", 4, "--checkpoint_interval", 2, "--eval_interval", 1, "--init_from", "resume"]
+    run(*flags[:-2])
+    later, best = (folder / f"checkpoints/{name}.pt" for name in ("checkpoint_step_000004", "best_model"))
+    killed = train.load_checkpoint(best) | {"best_val_loss": 0.5}
+    later.unlink()
+    torch.save(killed, best)
+    written = best.read_bytes()
+    assert run(*flags).best_val_loss == 0.5 and best.read_bytes() == written
+    for damage in (best.unlink, lambda: best.write_bytes(written[:2000])):
+        later.unlink()
+        damage()
+        this = run(*flags)
+        assert this.best_val_loss == train.load_checkpoint(best)["best_val_loss"] > 0.5
+
+
+def test_resume_does_not_go_back_behind_what_another_run_has_saved(folder):
+    run("--max_iters", 2)
+    this = made("--max_iters", 3, "--init_from", "resume")
+    run("--max_iters", 4, "--init_from", "resume")
+    metrics = (folder / "checkpoints/metrics.jsonl").read_bytes()
+    with pytest.raises(train.RunError, match="another run has just saved in checkpoints/"):
+        this.main()
+    assert (folder / "checkpoints/metrics.jsonl").read_bytes() == metrics
 
 
 def test_resume_in_another_type(folder):
@@ -717,6 +764,9 @@ def test_keys_reach_the_run(folder):
     def start(*flags):
         return train.Run(train.load_config([*TINY, *flags]), torch.device("cpu"), 0, 1)
 
+    batches = [(str(B), start("--batch_size", str(B)).loader.steps_per_epoch) for B in range(1, 5)]
+    B, share, n = next((B, n / steps, n) for B, steps in batches for n in range(1, steps) if n / steps * steps > n)
+    assert start("--batch_size", B, "--epochs", str(share), "--max_iters", "null").max_iters == n
     this = start("--epochs", "1.5", "--gradient_accumulation_steps", "2", "--optimizer", "muon",
                  "--muon_learning_rate", "0.3", "--max_iters", "null")
     assert this.max_iters == math.ceil(1.5 * this.loader.steps_per_epoch / 2)
@@ -780,13 +830,47 @@ def test_a_run_does_not_read_what_it_writes(folder):
     run("--max_iters", 1, "--checkpoint_dir", "dataset/.run")
 
 
+def test_what_cannot_be_written_is_named(folder, monkeypatch):
+    (folder / "file").touch()
+    with pytest.raises(train.RunError, match="checkpoint_dir: file is a file"):
+        run("--checkpoint_dir", "file")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for owner, name, file in ((SummaryWriter, "add_scalar", "events"), (Figure, "savefig", "loss.png")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(train.RunError, match=rf"checkpoints/{file}.* cannot be written: No space left"):
+                run("--max_iters", 1)
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (KeyboardInterrupt(), 130, ""), (MemoryError("Unable to allocate 8 GiB"), 1, "memory is too small, .*: Unable"),
+    (lambda: torch.empty(2**46), 1, "memory is too small, lower batch_size, block_size or n_embd: "),
+    (lambda: torch.empty(2) + torch.empty(3), RuntimeError, "")])
+def test_ctrl_c_before_the_loop_and_memory_that_is_too_small(folder, monkeypatch, capsys, error, code, said):
+    def fails(*_, **__):
+        if callable(error):
+            error()
+        raise error
+
+    monkeypatch.setattr(train, "load_corpus", fails)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY])
+    with pytest.raises(SystemExit if isinstance(code, int) else code) as stop:
+        train.main()
+    err = capsys.readouterr().err
+    assert not isinstance(code, int) or (stop.value.code == code and len(err.splitlines()) == bool(said))
+    assert re.match(said and f"error: {said}", err)
+
+
 def test_files_that_are_damaged_or_of_other_code(folder):
     (folder / "current_configuration.schema.json").write_bytes(b"\xff\xfe")
     run("--max_iters", 2)
     schema = json.loads((folder / "current_configuration.schema.json").read_text())
     assert "n_embd" in str(schema)
     with open(folder / "checkpoints/metrics.jsonl", "ab") as file:
-        file.write(b"\xff\xfe{\n")
+        file.write(b"\xff\xfe{\nnull\n")
     this = run("--max_iters", 3, "--init_from", "resume")
     assert [m["step"] for m in this.metrics] == [2, 2, 3, 3]
     path = folder / "checkpoints/best_model.pt"
@@ -854,7 +938,7 @@ def test_a_signal_in_the_last_step_comes_too_late(folder, capsys, signalled):
     assert "val_loss" in this.metrics[-1] and "lowest val_loss" in capsys.readouterr().out
 
 
-def test_an_evaluation_that_a_signal_put_off_is_made_on_resume(folder, signalled):
+def test_an_evaluation_that_a_signal_put_off_is_made_on_resume_once(folder, signalled, monkeypatch):
     flags = ["--max_iters", 6, "--eval_interval", 2]
 
     def evaluations(this):
@@ -864,6 +948,16 @@ def test_an_evaluation_that_a_signal_put_off_is_made_on_resume(folder, signalled
     signalled(4)
     stopped = run(*flags)
     assert stopped.step == 4 and evaluations(stopped) == expected[:1]
+    assert evaluations(run(*flags, "--init_from", "resume")) == expected
+
+    def killed(this):
+        raise SystemError
+
+    for path in train.checkpoints(folder / "checkpoints")[1:]:
+        path.unlink()
+    with monkeypatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(train.Run, "train_step", killed)
+        run(*flags, "--init_from", "resume")
     assert evaluations(run(*flags, "--init_from", "resume")) == expected
 
 
