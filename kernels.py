@@ -2006,15 +2006,82 @@ def _backend(device):
     return forced or ("triton" if suits else "torch")
 
 
-def _fill(grads, inputs):
-    """One gradient for each input, contiguous and in its dtype; an empty tensor for an input that is absent."""
-    return tuple(torch.empty(0, device=inputs[0].device) if x is None else g.to(x.dtype).contiguous()
-                 for g, x in zip(grads, inputs))
+# The arguments of both operators, and which of them have gradients. The backward operators take dy and the gradient of
+# the last state before them, and the scan's takes what was saved after them.
+SCAN = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+        "bool delta_softplus, Tensor? initial_state, Tensor? reset")
+CONV = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? reset, SymInt dilation"
+SCAN_GRADS, CONV_GRADS = (0, 1, 2, 3, 4, 5, 6, 7, 9), (0, 1, 2, 4)
 
 
-def _drop(grads, inputs):
-    """The reverse for autograd: None for an input that is absent."""
-    return [None if x is None else g for g, x in zip(grads, inputs)]
+def run_scan_fwd(u, *args):
+    """y, the last state, and with `save`, the last argument, what scan_bwd starts from: states, one every CHUNK or
+    SEGMENT positions, and on a CPU y before the gate."""
+    return IMPLEMENTATIONS[_backend(u.device)][0](u, *args)
+
+
+def run_scan_bwd(dy, dlast, u, *args):
+    """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; an empty tensor for an absent one."""
+    return _fill(IMPLEMENTATIONS[_backend(u.device)][1](dy, dlast, u, *args), (u, *args), SCAN_GRADS)
+
+
+def run_conv_fwd(x, *args):
+    """y and the final state."""
+    return IMPLEMENTATIONS[_backend(x.device)][2](x, *args)
+
+
+def run_conv_bwd(dy, dfinal, x, *args):
+    """The gradients of x, weight, bias and initial_state; an empty tensor for an absent one."""
+    return _fill(IMPLEMENTATIONS[_backend(x.device)][3](dy, dfinal, x, *args), (x, *args), CONV_GRADS)
+
+
+def _fill(grads, args, wanted):
+    """One gradient for each wanted argument, contiguous and in its dtype; an empty tensor for an absent one."""
+    return tuple(torch.empty(0, device=args[0].device) if args[i] is None else g.to(args[i].dtype).contiguous()
+                 for g, i in zip(grads, wanted))
+
+
+def _operator(run, args, outputs):
+    name, schema = run.__name__.removeprefix("run_"), f"({args}) -> ({', '.join(['Tensor'] * outputs)})"
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
+
+
+scan_fwd = _operator(run_scan_fwd, f"{SCAN}, bool save", 3)
+scan_bwd = _operator(run_scan_bwd, f"Tensor? dy, Tensor? dlast, {SCAN}, Tensor saved", len(SCAN_GRADS))
+conv_fwd = _operator(run_conv_fwd, CONV, 2)
+conv_bwd = _operator(run_conv_bwd, f"Tensor? dy, Tensor? dfinal, {CONV}", len(CONV_GRADS))
+
+
+@scan_fwd.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
+    (b, l, d), n, f = u.shape, A.shape[1], _state_dtype(u)
+    if _backend(u.device) == "triton":
+        saved = u.new_empty(-(-l // SEGMENT) if save else 0, b * d * n, dtype=f)
+    else:
+        saved = u.new_empty(_saved_size(b, l, d, n, z is not None, save), dtype=f)
+    return u.new_empty(b, l, d), u.new_empty(b, d, n, dtype=f), saved
+
+
+@conv_fwd.register_fake
+def _(x, weight, bias, silu, initial_state, reset, dilation):
+    b, _, d = x.shape
+    return x.new_empty(x.shape), x.new_empty(b, (weight.shape[1] - 1) * dilation, d)
+
+
+def _keep_args(ctx, args):
+    """args for the backward pass, the tensors where autograd watches over them"""
+    ctx.others = [None if isinstance(x, Tensor) else x for x in args]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+
+
+def _kept_args(ctx):
+    return [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.others)]
+
+
+def _for_each(args, grads, wanted):
+    """For autograd: a gradient for each of args, None for one that is absent or not wanted."""
+    grads = dict(zip(wanted, grads))
+    return tuple(None if x is None else grads.get(i) for i, x in enumerate(args))
 
 
 def _double_backward(forward, inputs, douts, cotangents):
@@ -2035,181 +2102,57 @@ def _double_backward(forward, inputs, douts, cotangents):
     return [None if x is None else next(second) for x in (*douts, *inputs)]
 
 
-def run_scan_fwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None, reset: Tensor | None, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and with `save` what scan_bwd starts from: states, one every CHUNK or SEGMENT positions, and
-    on a CPU y before the gate."""
-    run = IMPLEMENTATIONS[_backend(u.device)][0]
-    return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save)
+def _differentiable(function, fwd, bwd, run_fwd, run_bwd, wanted, oracle):
+    """Tell autograd of the operators fwd and bwd. Returns the same as a function of its own for eager calls, which go
+    past the operators: their first use imports torch._dynamo, seconds of a start, and each call costs more than a small
+    block of work. Only a derivative of the derivative needs the operator again."""
+
+    def setup(ctx, inputs, output):
+        saved = output[2:]
+        _keep_args(ctx, (*inputs[: len(inputs) - len(saved)], *saved))  # instead of `save` what it saved
+        ctx.set_materialize_grads(False)
+
+    def grad(ctx, dy, dlast, *_, bwd=bwd):
+        args = _kept_args(ctx)
+        return _for_each(args, bwd(dy, dlast, *args), wanted)
+
+    def bwd_grad(ctx, *cotangents):
+        dy, dlast, *args = _kept_args(ctx)
+        if _backend(args[0].device) == "triton":
+            raise RuntimeError(f"{function}: no second derivatives through the Triton kernels; set KERNELS=torch")
+
+        def forward(*inputs):
+            inputs = dict(zip(wanted, inputs))
+            return oracle(*(inputs.get(i, x) for i, x in enumerate(args)))
+
+        ddy, ddlast, *grads = _double_backward(forward, [args[i] for i in wanted], (dy, dlast), cotangents)
+        return ddy, ddlast, *_for_each(args, grads, wanted)
+
+    @bwd.register_fake
+    def _(dy, dlast, *args):
+        return tuple(torch.empty(0, device=args[0].device) if args[i] is None else args[i].new_empty(args[i].shape)
+                     for i in wanted)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):  # autograd itself would call setup_context, after 0.1 ms with the signature of forward
+            output = run_fwd(*args)
+            setup(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *douts):
+            return grad(ctx, *douts, bwd=bwd if torch.is_grad_enabled() else run_bwd)
+
+    fwd.register_autograd(grad, setup_context=setup)
+    bwd.register_autograd(bwd_grad, setup_context=lambda ctx, inputs, output: _keep_args(ctx, inputs))
+    return Eager.apply
 
 
-def run_scan_bwd(
-    dy: Tensor | None, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
-    reset: Tensor | None, saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; an empty tensor for an absent one."""
-    run = IMPLEMENTATIONS[_backend(u.device)][1]
-    grads = run(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved)
-    return _fill(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
-
-
-scan_fwd = torch.library.custom_op(f"{NAMESPACE}::scan_fwd", run_scan_fwd, mutates_args=())
-
-
-@scan_fwd.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
-    (b, l, d), n, f = u.shape, A.shape[1], _state_dtype(u)
-    if _backend(u.device) == "triton":
-        saved = u.new_empty(-(-l // SEGMENT) if save else 0, b * d * n, dtype=f)
-    else:
-        saved = u.new_empty(_saved_size(b, l, d, n, z is not None, save), dtype=f)
-    return u.new_empty(b, l, d), u.new_empty(b, d, n, dtype=f), saved
-
-
-scan_bwd = torch.library.custom_op(f"{NAMESPACE}::scan_bwd", run_scan_bwd, mutates_args=())
-
-
-@scan_bwd.register_fake
-def _(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
-    return _fill_fake(u, delta, A, B, C, D, z, delta_bias, initial_state)
-
-
-def _fill_fake(*inputs):
-    return tuple(torch.empty(0, device=inputs[0].device) if x is None else x.new_empty(x.shape) for x in inputs)
-
-
-def _scan_fwd_setup(ctx, inputs, output):
-    u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial_state, reset, _ = inputs
-    ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, reset, output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _scan_fwd_grad(ctx, dy, dlast, _, scan_bwd=scan_bwd):
-    *inputs, initial_state, reset, saved = ctx.saved_tensors
-    grads = scan_bwd(dy, dlast, *inputs, ctx.delta_softplus, initial_state, reset, saved)
-    *grads, dinitial = _drop(grads, (*inputs, initial_state))
-    return *grads, None, dinitial, None, None
-
-
-def _scan_bwd_setup(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, initial_state, reset, _ = inputs
-    ctx.save_for_backward(*tensors, initial_state, reset)
-
-
-def _scan_bwd_grad(ctx, *cotangents):
-    dy, dlast, *inputs, reset = ctx.saved_tensors
-    if _backend(inputs[0].device) == "triton":
-        raise RuntimeError("selective_scan: no second derivatives through the Triton kernels; set KERNELS=torch")
-
-    def forward(*inputs):
-        return selective_scan_oracle(*inputs[:8], ctx.delta_softplus, inputs[8], reset, return_last_state=True)
-
-    *grads, dinitial = _double_backward(forward, inputs, (dy, dlast), cotangents)
-    return *grads, None, dinitial, None, None
-
-
-scan_fwd.register_autograd(_scan_fwd_grad, setup_context=_scan_fwd_setup)
-scan_bwd.register_autograd(_scan_bwd_grad, setup_context=_scan_bwd_setup)
-
-
-def run_conv_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, reset: Tensor | None,
-    dilation: int,
-) -> tuple[Tensor, Tensor]:
-    """y and the final state."""
-    return IMPLEMENTATIONS[_backend(x.device)][2](x, weight, bias, silu, initial_state, reset, dilation)
-
-
-def run_conv_bwd(
-    dy: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,
-    initial_state: Tensor | None, reset: Tensor | None, dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weight, bias and initial_state; an empty tensor for an absent one."""
-    run = IMPLEMENTATIONS[_backend(x.device)][3]
-    grads = run(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation)
-    return _fill(grads, (x, weight, bias, initial_state))
-
-
-conv_fwd = torch.library.custom_op(f"{NAMESPACE}::conv_fwd", run_conv_fwd, mutates_args=())
-
-
-@conv_fwd.register_fake
-def _(x, weight, bias, silu, initial_state, reset, dilation):
-    b, _, d = x.shape
-    return x.new_empty(x.shape), x.new_empty(b, (weight.shape[1] - 1) * dilation, d)
-
-
-conv_bwd = torch.library.custom_op(f"{NAMESPACE}::conv_bwd", run_conv_bwd, mutates_args=())
-
-
-@conv_bwd.register_fake
-def _(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
-    return _fill_fake(x, weight, bias, initial_state)
-
-
-def _conv_fwd_setup(ctx, inputs, output):
-    x, weight, bias, ctx.silu, initial_state, reset, ctx.dilation = inputs
-    ctx.save_for_backward(x, weight, bias, initial_state, reset)
-    ctx.set_materialize_grads(False)
-
-
-def _conv_fwd_grad(ctx, dy, dfinal, conv_bwd=conv_bwd):
-    x, weight, bias, initial_state, reset = ctx.saved_tensors
-    grads = conv_bwd(dy, dfinal, x, weight, bias, ctx.silu, initial_state, reset, ctx.dilation)
-    dx, dweight, dbias, dinitial = _drop(grads, (x, weight, bias, initial_state))
-    return dx, dweight, dbias, None, dinitial, None, None
-
-
-def _conv_bwd_setup(ctx, inputs, output):
-    dy, dfinal, x, weight, bias, ctx.silu, initial_state, reset, ctx.dilation = inputs
-    ctx.save_for_backward(dy, dfinal, x, weight, bias, initial_state, reset)
-
-
-def _conv_bwd_grad(ctx, *cotangents):
-    dy, dfinal, *inputs, reset = ctx.saved_tensors
-    if _backend(inputs[0].device) == "triton":
-        raise RuntimeError("causal_conv1d: no second derivatives through the Triton kernels; set KERNELS=torch")
-
-    def forward(x, weight, bias, initial_state):
-        activation = "silu" if ctx.silu else None
-        return causal_conv1d_oracle(x, weight, bias, activation, initial_state, reset, True, ctx.dilation)
-
-    *grads, dinitial = _double_backward(forward, inputs, (dy, dfinal), cotangents)
-    return *grads, None, dinitial, None, None
-
-
-conv_fwd.register_autograd(_conv_fwd_grad, setup_context=_conv_fwd_setup)
-conv_bwd.register_autograd(_conv_bwd_grad, setup_context=_conv_bwd_setup)
-
-
-# Eager calls go past the operators: their first use imports torch._dynamo, seconds of a start, and each call costs more
-# than a small block of work. Only a derivative of the derivative needs the operator again.
-
-class _EagerScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):  # autograd itself would call setup_context, after 0.1 ms with the signature of forward
-        output = run_scan_fwd(*args)
-        _scan_fwd_setup(ctx, args, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *douts):
-        return _scan_fwd_grad(ctx, *douts, scan_bwd if torch.is_grad_enabled() else run_scan_bwd)
-
-
-class _EagerConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        output = run_conv_fwd(*args)
-        _conv_fwd_setup(ctx, args, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *douts):
-        return _conv_fwd_grad(ctx, *douts, conv_bwd if torch.is_grad_enabled() else run_conv_bwd)
+eager_scan = _differentiable("selective_scan", scan_fwd, scan_bwd, run_scan_fwd, run_scan_bwd, SCAN_GRADS,
+                             lambda *args: selective_scan_oracle(*args[:11], return_last_state=True))
+eager_conv = _differentiable("causal_conv1d", conv_fwd, conv_bwd, run_conv_fwd, run_conv_bwd, CONV_GRADS,
+                             lambda *args: causal_conv1d_oracle(*args[:6], True, args[6]))
 
 
 def _eager(x):
@@ -2253,7 +2196,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     if _backend(u.device) == "oracle":
         return selective_scan_oracle(*args, return_last_state)
     save = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    y, last, _ = (_EagerScan.apply if _eager(u) else scan_fwd)(*args, save)
+    y, last, _ = (eager_scan if _eager(u) else scan_fwd)(*args, save)
     return (y, last) if return_last_state else y
 
 
@@ -2276,7 +2219,7 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, res
             initial_state=(initial_state, "b, (W-1) dilation, d", (b, span, d)))
     if _backend(x.device) == "oracle":
         return causal_conv1d_oracle(x, weight, bias, activation, initial_state, reset, return_final_state, dilation)
-    y, final = (_EagerConv.apply if _eager(x) else conv_fwd)(x, weight, bias, silu, initial_state, reset, dilation)
+    y, final = (eager_conv if _eager(x) else conv_fwd)(x, weight, bias, silu, initial_state, reset, dilation)
     return (y, final) if return_final_state else y
 
 
