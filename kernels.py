@@ -137,14 +137,19 @@ def _states(dt, v, A2, B, reset, h, a, x):
     return h
 
 
+def _bmm(a, b):
+    """a b; without `out` autocast would round them"""
+    return torch.bmm(a, b, out=a.new_empty(*a.shape[:2], b.shape[2]))
+
+
 def _sum_n(weight, x):
     """sum_n weight (b, T, n) x (b, T, n, d) -> (b, T, d)"""
-    return torch.bmm(weight.flatten(0, 1)[:, None], x.flatten(0, 1)).view(*x.shape[:2], -1)
+    return _bmm(weight.flatten(0, 1)[:, None], x.flatten(0, 1)).view(*x.shape[:2], -1)
 
 
 def _sum_d(weight, x):
     """sum_d weight (b, T, d) x (b, T, n, d) -> (b, T, n)"""
-    return torch.bmm(weight.flatten(0, 1)[:, None], x.flatten(0, 1).transpose(1, 2)).view(x.shape[:3])
+    return _bmm(weight.flatten(0, 1)[:, None], x.flatten(0, 1).transpose(1, 2)).view(x.shape[:3])
 
 
 def _saved_size(b, l, d, n, gated, save):
@@ -158,17 +163,6 @@ def _saved_parts(saved, b, l, d, n):
     return states.view(-1, b, n, d), ungated.view(b, -1, d)
 
 
-def _unrounded(run):
-    """run, out of reach of autocast, which would round the operands of its products of matrices"""
-    @functools.wraps(run)
-    def exact(*args):
-        device = next(x.device.type for x in args if x is not None)
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
-            return run(*args)
-    return exact
-
-
-@_unrounded
 def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     f = _state_dtype(u)
     (b, l, d), n = u.shape, A.shape[1]
@@ -196,7 +190,6 @@ def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     return y.to(u.dtype), last.transpose(1, 2).contiguous(), saved
 
 
-@_unrounded
 def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
     """With g_t the gradient of h_t:  g_t = C_t dy_t + a_(t+1) g_(t+1),  a_t = exp(dt_t A), everything else follows from
 
@@ -2242,9 +2235,7 @@ def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=Non
     if reset is not None:
         state.masked_fill_(reset[:, None, None], 0)
     state.mul_((dt.unsqueeze(2) * A).exp_()).addcmul_((dt * u).unsqueeze(2), B.unsqueeze(1))  # (2a)
-    y = state.new_empty(*dt.shape, 1)
-    torch.bmm(state, C.unsqueeze(2), out=y)  # (2b); without `out` autocast would round its operands
-    y = y.squeeze(2)
+    y = _bmm(state, C.unsqueeze(2)).squeeze(2)  # (2b)
     y = y if D is None else y.addcmul_(D, u)
     y = y if z is None else y.mul_(F.silu(z))
     return y if dtype == state.dtype else y.to(dtype)
