@@ -796,14 +796,20 @@ def _run_chunk(native, function, tensors, reset, **options):
 # of channels, one a thread but 32 channels at least, otherwise g = 1. Rows are views of whole tensors, their channels
 # in c blocks of VECTOR. u, delta and z, their gradients, y and dy are in bfloat16 where the first three come so.
 
+def _whole(x):
+    """x, with zeros after the channels where they do not fill the last vector"""
+    more = -x.shape[-1] % VECTOR
+    return F.pad(x, (0, more)) if more else x
+
+
 def _groups(b, d):
     most = min(torch.get_num_threads(), d // 32) if b == 1 else 1
     return next((g for g in range(most, 1, -1) if d % (g * VECTOR) == 0), 1)
 
 
 def _rows_d(x, g, dtype=torch.float32, strided=False):
-    """(.., b, l, d) -> (.., r, l, c, VECTOR), and so for states (.., b, n, d)"""
-    x = x.to(dtype)
+    """(.., b, l, d) -> (.., r, l, c, VECTOR), zeros after the channels, and so for states (.., b, n, d)"""
+    x = _whole(x.to(dtype))
     x = x if strided and x.stride(-1) == 1 else x.contiguous()
     if g == 1:  # fewer calls: a chunk of a small block is quick
         return blocks(x)
@@ -818,62 +824,11 @@ def _rows_n(x, g):
 
 def _rows_of(x, u, g):
     """A parameter (d,) or (n, d) -> (r, c, VECTOR) or (r, n, c, VECTOR), one for all b; zeros for an absent one"""
-    x = u.new_zeros(u.shape[2], dtype=torch.float32) if x is None else x.float().contiguous()
+    x = _whole(u.new_zeros(u.shape[2], dtype=torch.float32) if x is None else x.float()).contiguous()
     if g == 1:
         return blocks(x).expand(len(u), *x.shape[:-1], -1, -1)
     x = x.unflatten(-1, (g, -1, VECTOR)).movedim(-3, 0)  # (g, .., c, VECTOR)
     return x.expand(len(u), *x.shape).flatten(0, 1)
-
-
-def _scan_fwd_native(native, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
-    (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
-    new, dtype = partial(torch.empty, dtype=torch.float32, device=u.device), _native_dtype(u, delta, z)
-    y, last = new(b, l, d, dtype=dtype), new(b, n, d)
-    saved = new(_saved_size(b, l, d, n, gated, save))
-    states, ungated = _saved_parts(saved, b, l, d, n)
-    u_, delta, y_ = (_rows_d(x, g, dtype) for x in (u, delta, y))
-    z = _rows_d(u if z is None else z, g, dtype, strided=True)
-    halvings, D, bias = (_rows_of(x, u, g) for x in ((A.float() / -math.log(2)).t(), D, delta_bias))
-    chunks = _chunks(l, u_, delta, z, _rows_n(B, g), _rows_n(C, g), y_, reset)
-    in_turn = [_rows_d(h, g) for h in (last, torch.empty_like(last))]
-    states = ([*_rows_d(states, g).unbind(0), in_turn[0]] if save
-              else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)])
-    states[0].copy_(states[0].zero_() if initial_state is None else _rows_d(initial_state.transpose(1, 2), g))
-    unread, native = new(b, CHUNK, d), _repeated(native)
-    outs = _rows_d(ungated, g).split(CHUNK, 1) if save and gated else [_rows_d(unread, g)] * len(chunks)
-    for (*x, y_t, reset_t), out, h, h_out in zip(chunks, outs, states, states[1:]):
-        _run_chunk(native, _chunk_fwd, (*x, halvings, D, bias, h, y_t, out[:, : y_t.shape[1]], h_out), reset_t,
-                   softplus=delta_softplus, gated=gated)
-    return y.to(u.dtype), last.transpose(1, 2).contiguous(), saved
-
-
-def _scan_bwd_native(native, dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
-                     saved):
-    (b, l, d), n, gated, g = u.shape, A.shape[1], z is not None, _groups(*u.shape[::2])
-    A, new = A.t().float().contiguous(), partial(torch.empty, dtype=torch.float32, device=u.device)
-    dtype = _native_dtype(u, delta, z)
-    du, ddelta, dz = (new(b, l, d, dtype=dtype) for _ in range(3))
-    dB, dC = (new(b * g, l, n) for _ in range(2))
-    A, halvings, D, bias = (_rows_of(x, u, g) for x in (A, A / -math.log(2), D, delta_bias))
-    dy = torch.zeros_like(u) if dy is None else dy
-    states, ungated = _saved_parts(saved, b, l, d, n)
-    dy, u_, delta, *grads = (_rows_d(x, g, dtype) for x in (dy, u, delta, du, ddelta, dz))
-    z, out = _rows_d(u if z is None else z, g, dtype, strided=True), _rows_d(ungated if gated else u, g)
-    chunks = _chunks(l, dy, u_, delta, z, out, _rows_n(B, g), _rows_n(C, g), *grads, dB, dC, reset)
-    sums, new_sums = ([new(b, rows, d) for rows in (n, n, 1, 1)] for _ in range(2))  # g, dA, dD, dbias
-    for x in sums:
-        x.zero_()
-    if dlast is not None:
-        sums[0].copy_(dlast.transpose(1, 2))
-    ins, outs = ([*(_rows_d(x, g) for x in xs[:2]), *(_rows_d(x, g)[:, 0] for x in xs[2:])] for xs in (sums, new_sums))
-    native = _repeated(native)
-    for (*x, reset_t), h in reversed(list(zip(chunks, _rows_d(states, g)))):
-        _run_chunk(native, _chunk_bwd, (*x[:7], A, halvings, D, bias, h, *ins, *x[7:], *outs), reset_t,
-                   softplus=delta_softplus, gated=gated)
-        ins, outs = outs, ins
-    dlast, dA, dD, dbias = sums if len(chunks) % 2 == 0 else new_sums
-    dB, dC = (x if g == 1 else x.unflatten(0, (b, g)).sum(1) for x in (dB, dC))
-    return du, ddelta, dA.sum(0).t(), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), dlast.transpose(1, 2)
 
 
 def _scan_native(kernel, u, delta, A, z, delta_softplus):
@@ -883,43 +838,65 @@ def _scan_native(kernel, u, delta, A, z, delta_softplus):
     return _native(kernel, u.device, dtype, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
 
 
-def _longer(more, *xs, dim=-1):
-    """xs with `more` zeros at the end of the dimension -1 or -2"""
-    return [None if x is None else F.pad(x, (0, 0) * (-1 - dim) + (0, more)) for x in xs]
-
-
-def _whole_vectors(more, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset):
-    """The arguments with `more` channels, all zero"""
-    u, delta, D, z, delta_bias = _longer(more, u, delta, D, z, delta_bias)
-    A, initial_state = _longer(more, A, initial_state, dim=-2)
-    return u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
-
-
 def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
-    args = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
     native = _scan_native(CHUNK_FWD, u, delta, A, z, delta_softplus)
     if native is None:
-        return _scan_fwd_eager(*args, save)
-    (b, l, d), n, more = u.shape, A.shape[1], -u.shape[2] % VECTOR
-    if more == 0:
-        return _scan_fwd_native(native, *args, save)
-    y, last, saved = _scan_fwd_native(native, *_whole_vectors(more, *args), save)
-    saved = torch.cat([x[..., :d].flatten() for x in _saved_parts(saved, b, l, d + more, n)])
-    return y[..., :d].contiguous(), last[:, :d].contiguous(), saved
+        return _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save)
+    (b, l, d), n, gated = u.shape, A.shape[1], z is not None
+    whole, new = d + -d % VECTOR, partial(torch.empty, dtype=torch.float32, device=u.device)
+    dtype, g = _native_dtype(u, delta, z), _groups(b, whole)
+    y, last = new(b, l, whole, dtype=dtype), new(b, n, whole)
+    saved = new(_saved_size(b, l, whole, n, gated, save))
+    states, ungated = parts = _saved_parts(saved, b, l, whole, n)
+    u_, delta, y_ = (_rows_d(x, g, dtype) for x in (u, delta, y))
+    z = _rows_d(u if z is None else z, g, dtype, strided=True)
+    halvings, D, bias = (_rows_of(x, u, g) for x in ((A.float() / -math.log(2)).t(), D, delta_bias))
+    chunks = _chunks(l, u_, delta, z, _rows_n(B, g), _rows_n(C, g), y_, reset)
+    in_turn = [_rows_d(h, g) for h in (last, torch.empty_like(last))]
+    states = ([*_rows_d(states, g).unbind(0), in_turn[0]] if save
+              else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)])
+    states[0].copy_(states[0].zero_() if initial_state is None else _rows_d(initial_state.transpose(1, 2), g))
+    unread, native = new(b, CHUNK, whole), _repeated(native)
+    outs = _rows_d(ungated, g).split(CHUNK, 1) if save and gated else [_rows_d(unread, g)] * len(chunks)
+    for (*x, y_t, reset_t), out, h, h_out in zip(chunks, outs, states, states[1:]):
+        _run_chunk(native, _chunk_fwd, (*x, halvings, D, bias, h, y_t, out[:, : y_t.shape[1]], h_out), reset_t,
+                   softplus=delta_softplus, gated=gated)
+    if whole > d:
+        y, last, saved = y[..., :d], last[..., :d], torch.cat([x[..., :d].flatten() for x in parts])
+    return y.to(u.dtype).contiguous(), last.transpose(1, 2).contiguous(), saved
 
 
 def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
-    args = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
     native = _scan_native(CHUNK_BWD, u, delta, A, z, delta_softplus)
     if native is None:
-        return _scan_bwd_eager(dy, dlast, *args, saved)
-    (b, l, d), n, more = u.shape, A.shape[1], -u.shape[2] % VECTOR
-    if more == 0:
-        return _scan_bwd_native(native, dy, dlast, *args, saved)
-    saved = torch.cat([x.flatten() for x in _longer(more, *_saved_parts(saved, b, l, d, n))])
-    douts = *_longer(more, dy), *_longer(more, dlast, dim=-2)
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dh = _scan_bwd_native(native, *douts, *_whole_vectors(more, *args), saved)
-    return du[..., :d], ddelta[..., :d], dA[:d], dB, dC, dD[:d], dz[..., :d], dbias[:d], dh[:, :d]
+        return _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
+                               saved)
+    (b, l, d), n, gated, A = u.shape, A.shape[1], z is not None, A.t().float().contiguous()
+    whole, new = d + -d % VECTOR, partial(torch.empty, dtype=torch.float32, device=u.device)
+    dtype, g = _native_dtype(u, delta, z), _groups(b, whole)
+    du, ddelta, dz = (new(b, l, whole, dtype=dtype) for _ in range(3))
+    dB, dC = (new(b * g, l, n) for _ in range(2))
+    A, halvings, D, bias = (_rows_of(x, u, g) for x in (A, A / -math.log(2), D, delta_bias))
+    dy = torch.zeros_like(u) if dy is None else dy
+    states, ungated = _saved_parts(saved, b, l, d, n)
+    dy, u_, delta, *grads = (_rows_d(x, g, dtype) for x in (dy, u, delta, du, ddelta, dz))
+    z, out = _rows_d(u if z is None else z, g, dtype, strided=True), _rows_d(ungated if gated else u, g)
+    chunks = _chunks(l, dy, u_, delta, z, out, _rows_n(B, g), _rows_n(C, g), *grads, dB, dC, reset)
+    sums, new_sums = ([new(b, rows, whole) for rows in (n, n, 1, 1)] for _ in range(2))  # g, dA, dD, dbias
+    for x in sums:
+        x.zero_()
+    if dlast is not None:
+        sums[0][..., :d].copy_(dlast.transpose(1, 2))
+    ins, outs = ([*(_rows_d(x, g) for x in xs[:2]), *(_rows_d(x, g)[:, 0] for x in xs[2:])] for xs in (sums, new_sums))
+    native = _repeated(native)
+    for (*x, reset_t), h in reversed(list(zip(chunks, _rows_d(states, g)))):
+        _run_chunk(native, _chunk_bwd, (*x[:7], A, halvings, D, bias, h, *ins, *x[7:], *outs), reset_t,
+                   softplus=delta_softplus, gated=gated)
+        ins, outs = outs, ins
+    sums = sums if len(chunks) % 2 == 0 else new_sums
+    du, ddelta, dz, dlast, dA, dD, dbias = (x[..., :d] if whole > d else x for x in (du, ddelta, dz, *sums))
+    dB, dC = (x if g == 1 else x.unflatten(0, (b, g)).sum(1) for x in (dB, dC))
+    return du, ddelta, dA.sum(0).t(), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), dlast.transpose(1, 2)
 
 
 def _conv_native(kernel, x, weight, silu, reset, dilation):
@@ -958,9 +935,7 @@ def _native_dtype(*xs):
 
 
 def _whole_blocks(x):
-    """blocks(x), with zeros after the channels where they do not fill the last block"""
-    more = -x.shape[-1] % VECTOR
-    return blocks((F.pad(x, (0, more)) if more else x).contiguous())
+    return blocks(_whole(x).contiguous())
 
 
 def _side_by_side(rows, weight, bias):
