@@ -1799,13 +1799,10 @@ if triton is not None:
         xs = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in xs]
         return xs, *([0 if x is None else x.stride(i) for x in xs] for i in (0, 1))
 
-    def _on_its_device(launch):
-        """launch with the GPU of its tensors as the current one, which Triton would take otherwise"""
-        @functools.wraps(launch)
-        def run(*args):
-            with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
-                return launch(*args)
-        return run
+    def _launch(kernel, programs, *args, **constants):
+        """On the GPU of its tensors; Triton would take the current one."""
+        with torch.cuda.device_of(args[0]):
+            kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
 
     def _contiguous(*xs):
         return [x if x is None else x.contiguous() for x in xs]
@@ -1841,7 +1838,6 @@ if triton is not None:
             laid[:, :l, :, i] = (F.pad(x, (0, J * K - n)) if J * K > n else x).unflatten(2, (J, K))
         return flat
 
-    @_on_its_device
     def _scan_fwd_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
         _refuse_float64("selective_scan", u)
         (b, l, d), n = u.shape, A.shape[1]
@@ -1851,14 +1847,12 @@ if triton is not None:
         y = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
         last = _state_copy(initial_state, b, d, n, u.device)
         saved = last.new_empty(triton.cdiv(l, SEGMENT) if save else 0, b * n * d)
-        _scan_fwd_kernel[(triton.cdiv(d, width) * b,)](
-            u, delta, z, A.float().contiguous(), _for_lanes(B, C), D, delta_bias, reset, y, last,
-            saved if save else None, l, *batch, *row, DIM=d, SOFTPLUS=delta_softplus, **layout,
-            EVEN=l > 0 and l % FWD["U"] == 0 and d % width == 0, num_stages=1, maxnreg=255,
-            enable_fp_fusion=True)  # said aloud, 255 registers let the compiler ask for more in advance
+        _launch(_scan_fwd_kernel, triton.cdiv(d, width) * b, u, delta, z, A.float().contiguous(), _for_lanes(B, C), D,
+                delta_bias, reset, y, last, saved if save else None, l, *batch, *row, DIM=d, SOFTPLUS=delta_softplus,
+                **layout, EVEN=l > 0 and l % FWD["U"] == 0 and d % width == 0, num_stages=1,
+                maxnreg=255)  # said aloud, 255 registers let the compiler ask for more in advance
         return y, last, saved
 
-    @_on_its_device
     def _scan_bwd_triton(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
         (b, l, d), n = u.shape, A.shape[1]
         layout, width = _layout(n, **BWD)
@@ -1871,34 +1865,33 @@ if triton is not None:
         sums = dh.new_empty(b, n + 2, d)  # for each row of the batch: of A, (d, n), of D and of the bias
         dBC = dh.new_empty(b, programs, segments * SEGMENT // U, J, 2, U, K)  # C before B, a partial sum a program
         kept = dh.new_empty(b * programs, SEGMENT // U, width, J * K)
-        _scan_bwd_kernel[(programs * b,)](
-            dy, u, delta, z, A.float().contiguous(), _for_lanes(B, C), D, delta_bias, reset, saved, dh, du, ddelta, dz,
-            sums, dBC, kept, l, *batch, *row, DIM=d, SOFTPLUS=delta_softplus, **layout,
-            EVEN=l > 0 and l % BWD["PASS"] == 0 and d % width == 0, num_stages=1, enable_fp_fusion=True)
+        _launch(_scan_bwd_kernel, programs * b, dy, u, delta, z, A.float().contiguous(), _for_lanes(B, C), D,
+                delta_bias, reset, saved, dh, du, ddelta, dz, sums, dBC, kept, l, *batch, *row, DIM=d,
+                SOFTPLUS=delta_softplus, **layout, EVEN=l > 0 and l % BWD["PASS"] == 0 and d % width == 0, num_stages=1)
         dC, dB = (x.permute(0, 1, 3, 2, 4).reshape(b, -1, J * K)[:, :l, :n] for x in dBC.sum(1).unbind(3))
         dA, dD, dbias = sums.sum(0).split((n, 1, 1))
         return du, ddelta, dA.view(d, n), dB, dC, dD[0].clone(), dz, dbias[0].clone(), dh  # no two may share storage
 
-    def _conv_launch(x, weight, bias, initial_state, reset, dilation, rows):
+    def _conv_setup(x, weight, bias, initial_state, reset, dilation, rows):
         """What both convolution kernels are launched with: 64 rows of a phase and 128 channels a program."""
         (b, l, d), W = x.shape, weight.shape[1]
         lanes = 128 if W <= 4 else LANES
         parts = triton.cdiv(triton.cdiv(l, dilation) + rows, 64) * dilation
         state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
         document = None if reset is None else reset.cumsum(1, dtype=torch.int32)
-        options = dict(DIM=d, W=W, STEP=dilation, ROWS=64, BD=lanes, num_warps=1, num_stages=1, enable_fp_fusion=True)
+        options = dict(DIM=d, W=W, STEP=dilation, ROWS=64, BD=lanes, num_warps=1, num_stages=1)
         weight, bias = _contiguous(weight.t(), bias)
-        return (triton.cdiv(d, lanes) * parts * b,), parts, weight, bias, state, document, options
+        return triton.cdiv(d, lanes) * parts * b, parts, weight, bias, state, document, options
 
-    @_on_its_device
     def _conv_fwd_triton(x, weight, bias, silu, initial_state, reset, dilation):
         _refuse_float64("causal_conv1d", x)
         (x,), (x_batch,), (x_row,) = _rows_contiguous(x)
         (b, l, d), span = x.shape, (weight.shape[1] - 1) * dilation
-        grid, parts, weight, bias, state, document, options = _conv_launch(x, weight, bias, initial_state, reset,
-                                                                           dilation, 0)
+        programs, parts, weight, bias, state, document, options = _conv_setup(x, weight, bias, initial_state, reset,
+                                                                              dilation, 0)
         y = torch.empty(b, l, d, dtype=x.dtype, device=x.device)
-        _conv_fwd_kernel[grid](x, weight, bias, state, document, y, parts, l, x_batch, x_row, SILU=silu, T=8, **options)
+        _launch(_conv_fwd_kernel, programs, x, weight, bias, state, document, y, parts, l, x_batch, x_row, SILU=silu,
+                T=8, **options)
         final = x[:, l - span :]
         if l < span:
             final = torch.cat([x.new_zeros(b, span - l, d) if state is None else state[:, l:], x], 1)
@@ -1907,46 +1900,40 @@ if triton is not None:
             final = _where((tail == document[:, -1:])[..., None], final)
         return y, final.clone(memory_format=torch.contiguous_format)
 
-    @_on_its_device
     def _conv_bwd_triton(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
         dy = torch.zeros_like(x) if dy is None else dy
         (dy, x), (dy_batch, x_batch), (dy_row, x_row) = _rows_contiguous(dy, x)
         (b, l, d), W = x.shape, weight.shape[1]
-        grid, parts, weight, bias, state, document, options = _conv_launch(x, weight, bias, initial_state, reset,
-                                                                           dilation, W - 1)
+        programs, parts, weight, bias, state, document, options = _conv_setup(x, weight, bias, initial_state, reset,
+                                                                              dilation, W - 1)
         (dfinal,) = _contiguous(dfinal)
         dx, dstate = x.new_empty(b, l, d), x.new_empty(b, (W - 1) * dilation, d)
         # a partial sum a program; the last row is of bias
         dweight = torch.empty(b * parts, W + 1, d, dtype=torch.float32, device=x.device)
-        _conv_bwd_kernel[grid](dy, dfinal, x, weight, bias, state, document, dx, dstate, dweight, parts, l, dy_batch,
-                               dy_row, x_batch, x_row, SILU=silu, T=4, **options)
+        _launch(_conv_bwd_kernel, programs, dy, dfinal, x, weight, bias, state, document, dx, dstate, dweight, parts, l,
+                dy_batch, dy_row, x_batch, x_row, SILU=silu, T=4, **options)
         dweight, dbias = dweight.sum(0).split((W, 1))
         return dx, dweight.t(), dbias[0].clone(), dstate
 
-    @_on_its_device
     def _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset):
         _refuse_float64("selective_scan_step", u)
         (b, d), n = u.shape, A.shape[1]
         (u, delta, z, B, C), batch, _ = _rows_contiguous(u, delta, z, B, C)
         D, delta_bias = _contiguous(D, delta_bias)
         y = torch.empty(b, d, dtype=u.dtype, device=u.device)
-        _scan_step_kernel[(triton.cdiv(d, LANES) * b,)](
-            state, u, delta, z, A, B, C, D, delta_bias, reset, y, *state.stride(), *batch,
-            0 if reset is None else reset.stride(0), *A.stride(), DIM=d, N=n, NS=triton.next_power_of_2(n),
-            SOFTPLUS=delta_softplus, BD=LANES, num_warps=1 if n <= 32 else 4, enable_fp_fusion=True)
+        _launch(_scan_step_kernel, triton.cdiv(d, LANES) * b, state, u, delta, z, A, B, C, D, delta_bias, reset, y,
+                *state.stride(), *batch, 0 if reset is None else reset.stride(0), *A.stride(), DIM=d, N=n,
+                NS=triton.next_power_of_2(n), SOFTPLUS=delta_softplus, BD=LANES, num_warps=1 if n <= 32 else 4)
         return y
 
-    @_on_its_device
     def _conv_step_triton(state, x, weight, bias, silu, reset, dilation):
         _refuse_float64("causal_conv1d_step", x)
         (b, d), W = x.shape, weight.shape[1]
         (x,), (x_batch,), _ = _rows_contiguous(x)
         weight, bias = _contiguous(weight.t(), bias)
         y = torch.empty(b, d, dtype=x.dtype, device=x.device)
-        _conv_step_kernel[(triton.cdiv(d, 128) * b,)](
-            state, x, weight, bias, reset, y, *state.stride(), x_batch,
-            0 if reset is None else reset.stride(0), DIM=d, W=W, STEP=dilation, SILU=silu, BD=128, num_warps=1,
-            enable_fp_fusion=True)
+        _launch(_conv_step_kernel, triton.cdiv(d, 128) * b, state, x, weight, bias, reset, y, *state.stride(), x_batch,
+                0 if reset is None else reset.stride(0), DIM=d, W=W, STEP=dilation, SILU=silu, BD=128, num_warps=1)
         return y
 
 
