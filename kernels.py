@@ -1790,10 +1790,6 @@ if triton is not None:
             o *= _sigmoid(o)
         _store(y + b * DIM + d, o, ok, False)
 
-    def _refuse_float64(function, x):
-        if x.dtype == torch.float64:
-            raise ValueError(f"{function}: float64 is not for the Triton kernels; set KERNELS=torch")
-
     def _rows_contiguous(*xs):
         """Each x with a last stride of 1, then their batch strides, then their row strides."""
         xs = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in xs]
@@ -1839,7 +1835,6 @@ if triton is not None:
         return flat
 
     def _scan_fwd_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
-        _refuse_float64("selective_scan", u)
         (b, l, d), n = u.shape, A.shape[1]
         layout, width = _layout(n, **FWD)
         (u, delta, z), batch, row = _rows_contiguous(u, delta, z)
@@ -1884,7 +1879,6 @@ if triton is not None:
         return triton.cdiv(d, lanes) * parts * b, parts, weight, bias, state, document, options
 
     def _conv_fwd_triton(x, weight, bias, silu, initial_state, reset, dilation):
-        _refuse_float64("causal_conv1d", x)
         (x,), (x_batch,), (x_row,) = _rows_contiguous(x)
         (b, l, d), span = x.shape, (weight.shape[1] - 1) * dilation
         programs, parts, weight, bias, state, document, options = _conv_setup(x, weight, bias, initial_state, reset,
@@ -1916,7 +1910,6 @@ if triton is not None:
         return dx, dweight.t(), dbias[0].clone(), dstate
 
     def _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset):
-        _refuse_float64("selective_scan_step", u)
         (b, d), n = u.shape, A.shape[1]
         (u, delta, z, B, C), batch, _ = _rows_contiguous(u, delta, z, B, C)
         D, delta_bias = _contiguous(D, delta_bias)
@@ -1927,7 +1920,6 @@ if triton is not None:
         return y
 
     def _conv_step_triton(state, x, weight, bias, silu, reset, dilation):
-        _refuse_float64("causal_conv1d_step", x)
         (b, d), W = x.shape, weight.shape[1]
         (x,), (x_batch,), _ = _rows_contiguous(x)
         weight, bias = _contiguous(weight.t(), bias)
@@ -1948,17 +1940,20 @@ if triton is not None:
 NAMESPACE = "hybrid" + re.sub(r"\W", "", os.environ.get("KERNELS", ""))
 
 
-def _backend(device):
-    """"torch", "triton" or "oracle": the environment's KERNELS, or what suits the device."""
+def _backend(x):
+    """"torch", "triton" or "oracle": the environment's KERNELS, or what suits the device of x."""
     forced = os.environ.get("KERNELS")
     if forced and forced not in ("torch", "triton", "oracle"):
         raise ValueError(f"KERNELS={forced}: choose torch, triton or oracle")
     if forced == "triton" and "triton" not in IMPLEMENTATIONS:
         raise RuntimeError("KERNELS=triton, but Triton is not installed: pip install triton, or unset KERNELS")
-    if forced == "triton" and device.type == "cpu" and not INTERPRET:
+    if forced == "triton" and x.device.type == "cpu" and not INTERPRET:
         raise RuntimeError("KERNELS=triton needs a GPU, or TRITON_INTERPRET=1 beside it; or set KERNELS=torch")
-    suits = device.type == "cuda" and torch.version.hip is None and "triton" in IMPLEMENTATIONS  # inline PTX
-    return forced or ("triton" if suits else "torch")
+    suits = x.device.type == "cuda" and torch.version.hip is None and "triton" in IMPLEMENTATIONS  # inline PTX
+    backend = forced or ("triton" if suits else "torch")
+    if backend == "triton" and x.dtype == torch.float64:
+        raise ValueError("float64 is not for the Triton kernels; set KERNELS=torch")
+    return backend
 
 
 # The arguments of both operators, and which of them have gradients. The backward operators take dy and the gradient of
@@ -1972,22 +1967,22 @@ SCAN_GRADS, CONV_GRADS = (0, 1, 2, 3, 4, 5, 6, 7, 9), (0, 1, 2, 4)
 def run_scan_fwd(u, *args):
     """y, the last state, and with `save`, the last argument, what scan_bwd starts from: states, one every CHUNK or
     SEGMENT positions, and on a CPU y before the gate."""
-    return IMPLEMENTATIONS[_backend(u.device)][0](u, *args)
+    return IMPLEMENTATIONS[_backend(u)][0](u, *args)
 
 
 def run_scan_bwd(dy, dlast, u, *args):
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; an empty tensor for an absent one."""
-    return _fill(IMPLEMENTATIONS[_backend(u.device)][1](dy, dlast, u, *args), (u, *args), SCAN_GRADS)
+    return _fill(IMPLEMENTATIONS[_backend(u)][1](dy, dlast, u, *args), (u, *args), SCAN_GRADS)
 
 
 def run_conv_fwd(x, *args):
     """y and the final state."""
-    return IMPLEMENTATIONS[_backend(x.device)][2](x, *args)
+    return IMPLEMENTATIONS[_backend(x)][2](x, *args)
 
 
 def run_conv_bwd(dy, dfinal, x, *args):
     """The gradients of x, weight, bias and initial_state; an empty tensor for an absent one."""
-    return _fill(IMPLEMENTATIONS[_backend(x.device)][3](dy, dfinal, x, *args), (x, *args), CONV_GRADS)
+    return _fill(IMPLEMENTATIONS[_backend(x)][3](dy, dfinal, x, *args), (x, *args), CONV_GRADS)
 
 
 def _fill(grads, args, wanted):
@@ -2010,7 +2005,7 @@ conv_bwd = _operator(run_conv_bwd, f"Tensor? dy, Tensor? dfinal, {CONV}", len(CO
 @scan_fwd.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     (b, l, d), n, f = u.shape, A.shape[1], _state_dtype(u)
-    if _backend(u.device) == "triton":
+    if _backend(u) == "triton":
         saved = u.new_empty(-(-l // SEGMENT) if save else 0, b * d * n, dtype=f)
     else:
         saved = u.new_empty(_saved_size(b, l, d, n, z is not None, save), dtype=f)
@@ -2073,7 +2068,7 @@ def _differentiable(function, fwd, bwd, run_fwd, run_bwd, wanted, oracle):
 
     def bwd_grad(ctx, *cotangents):
         dy, dlast, *args = _kept_args(ctx)
-        if _backend(args[0].device) == "triton":
+        if _backend(args[0]) == "triton":
             raise RuntimeError(f"{function}: no second derivatives through the Triton kernels; set KERNELS=torch")
 
         def forward(*inputs):
@@ -2148,7 +2143,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
             B=(B, "b, l, n", (b, l, n)), C=(C, "b, l, n", (b, l, n)), D=(D, "d", (d,)), reset=(reset, "b, l", (b, l)),
             delta_bias=(delta_bias, "d", (d,)), initial_state=(initial_state, "b, d, n", (b, d, n)))
     args = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
-    if _backend(u.device) == "oracle":
+    if _backend(u) == "oracle":
         return selective_scan_oracle(*args, return_last_state)
     save = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
     y, last, _ = (eager_scan if _eager(u) else scan_fwd)(*args, save)
@@ -2172,7 +2167,7 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, res
     span = (W - 1) * dilation
     _expect("causal_conv1d", weight=(weight, "d, W", (d, W)), bias=(bias, "d", (d,)), reset=(reset, "b, l", (b, l)),
             initial_state=(initial_state, "b, (W-1) dilation, d", (b, span, d)))
-    if _backend(x.device) == "oracle":
+    if _backend(x) == "oracle":
         return causal_conv1d_oracle(x, weight, bias, activation, initial_state, reset, return_final_state, dilation)
     y, final = (eager_conv if _eager(x) else conv_fwd)(x, weight, bias, silu, initial_state, reset, dilation)
     return (y, final) if return_final_state else y
@@ -2182,7 +2177,7 @@ def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=Non
     """One position of selective_scan: state (b, d, n) is updated in place; u, delta, z: (b, d); B, C: (b, n);
     reset: (b,) bool. Returns y (b, d). For decoding: no gradients, few calls, no synchronisation, can be captured in a
     CUDA graph. On a CPU it is fastest where channels lie side by side in state and A."""
-    if triton is not None and (u.is_cuda or INTERPRET) and _backend(u.device) == "triton":
+    if triton is not None and (u.is_cuda or INTERPRET) and _backend(u) == "triton":
         return _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
     dtype, f = u.dtype, torch.promote_types(state.dtype, torch.float32)
     if state.dtype != f:  # a small type is for what is kept
@@ -2208,7 +2203,7 @@ def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None,
     """One position of causal_conv1d: state (b, (W-1) dilation, d) is updated in place; x: (b, d); reset: (b,) bool.
     Returns y (b, d)."""
     silu = _silu("causal_conv1d_step", activation)
-    if triton is not None and (x.is_cuda or INTERPRET) and _backend(x.device) == "triton":
+    if triton is not None and (x.is_cuda or INTERPRET) and _backend(x) == "triton":
         return _conv_step_triton(state, x, weight, bias, silu, reset, dilation)
     rows = torch.cat((state, x.unsqueeze(1)), 1)  # (b, span + 1, d)
     if reset is not None:
