@@ -2234,13 +2234,12 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
         raise ValueError(f"selective_scan_fn: {B.shape[1]} groups of B and {C.shape[1]} of C do not share out evenly "
                          f"among {d} channels")
     ys, states = [], []
+    u, delta, z = (None if x is None else x.transpose(1, 2) for x in (u, delta, z))
     for g in range(groups):
         c = slice(g * d // groups, (g + 1) * d // groups)
-        part = [None if x is None else x[:, c].transpose(1, 2) for x in (u, delta, z)]
+        u_g, delta_g, D_g, z_g, bias_g = (None if x is None else x[..., c] for x in (u, delta, D, z, delta_bias))
         B_g, C_g = (x[:, g * x.shape[1] // groups].transpose(1, 2) for x in (B, C))
-        D_g, bias_g = (None if x is None else x[c] for x in (D, delta_bias))
-        y, h = selective_scan(part[0], part[1], A[c], B_g, C_g, D_g, part[2], bias_g, delta_softplus,
-                              return_last_state=True)
+        y, h = selective_scan(u_g, delta_g, A[c], B_g, C_g, D_g, z_g, bias_g, delta_softplus, return_last_state=True)
         ys.append(y.transpose(1, 2))
         states.append(h)
     y, h = torch.cat(ys, 1), torch.cat(states, 1)
@@ -2251,9 +2250,7 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
                      final_states_out=None, activation=None):
     """causal_conv1d.causal_conv1d_fn. x: (b, d, l); weight: (d, W); bias: (d,); seq_idx: (b, l), equal within a
     sequence, -1 for padding, whose output is 0; initial_states, final_states_out: (b, d, W-1). Returns (b, d, l)."""
-    reset = None
-    if seq_idx is not None:
-        reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    reset = None if seq_idx is None else F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     state = None if initial_states is None else initial_states.transpose(1, 2)
     y, final = causal_conv1d(x.transpose(1, 2), weight, bias, activation, state, reset, return_final_state=True)
     y, final = y.transpose(1, 2), final.transpose(1, 2)
@@ -2315,9 +2312,8 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     ys = []
     for g in range(groups):
         c = slice(g * size, (g + 1) * size)
-        D_g, z_g, bias_g = (None if m is None else m[..., c] for m in (D_, z_, bias_))
-        ys.append(selective_scan_step(h[:, c], x_[:, c], dt_[:, c], A_[c], B[:, g], C[:, g], D_g, z_g, bias_g,
-                                      dt_softplus))
+        x_g, dt_g, D_g, z_g, bias_g = (None if m is None else m[..., c] for m in (x_, dt_, D_, z_, bias_))
+        ys.append(selective_scan_step(h[:, c], x_g, dt_g, A_[c], B[:, g], C[:, g], D_g, z_g, bias_g, dt_softplus))
     new, y = h.view(rows.shape).to(state.dtype), torch.cat(ys, 1)
     if index is None:
         state.copy_(new)
