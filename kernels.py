@@ -1103,12 +1103,7 @@ if triton is not None:
         elif T == 2:
             return tl.join(rows[0], rows[1])
         else:
-            even = ()
-            odd = ()
-            for i in tl.static_range(0, T, 2):
-                even += (rows[i],)
-                odd += (rows[i + 1],)
-            x = tl.join(_stack(even, T // 2), _stack(odd, T // 2))
+            x = tl.join(_stack(rows[::2], T // 2), _stack(rows[1::2], T // 2))
             return tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], T])
 
     @triton.jit
@@ -1180,15 +1175,6 @@ if triton is not None:
         for e in tl.static_range(E):
             at, ok = _states_at(d + e, j, DIM, N, K)
             tl.store(ptr + at, _stack(x[e * K : e * K + K], K), mask=ok)
-
-    @triton.jit
-    def _rates(A, d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
-        # A log2(e)
-        a = _get_states(A, d, j, DIM, N, K, E)
-        x = ()
-        for i in tl.static_range(E * K):
-            x += (a[i] * 1.4426950408889634,)
-        return x
 
     @triton.jit
     def _step_size(raw, t, L, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr):
@@ -1304,7 +1290,7 @@ if triton is not None:
         for e in tl.static_range(E):
             shift += (_channel(bias, d + e, DIM),)
             skip += (_channel(D, d + e, DIM),)
-        a = _rates(A, d, j, DIM, N, K, E)
+        a = [rate * 1.4426950408889634 for rate in _get_states(A, d, j, DIM, N, K, E)]  # A log2(e)
         h = _get_states(last, d, j, DIM, N, K, E)
         t = j % S
         u_next = _ask(u, t, d, L, U_ROW, DIM, S, T, E, EVEN)
@@ -1393,17 +1379,13 @@ if triton is not None:
         sums += b * (N + 2) * DIM
         shift = ()
         skip = ()
-        dskip = ()
-        dshift = ()
-        da = ()
         for e in tl.static_range(E):
             shift += (_channel(bias, d + e, DIM),)
             skip += (_channel(D, d + e, DIM),)
-            dskip += (none,)
-            dshift += (none,)
-            for _ in tl.static_range(K):
-                da += (none,)
-        a = _rates(A, d, j, DIM, N, K, E)
+        dskip = (none,) * E
+        dshift = (none,) * E
+        da = (none,) * (E * K)
+        a = [rate * 1.4426950408889634 for rate in _get_states(A, d, j, DIM, N, K, E)]  # A log2(e)
         k = _get_states(dh, d, j, DIM, N, K, E)
         for segment in range(segments - 1, -1, -1):
             first = segment * EVERY
@@ -1686,17 +1668,15 @@ if triton is not None:
         shift = _channel(bias, d, DIM)
         total = tl.zeros([BD], tl.float32)
         weights = ()
-        dweights = ()
+        dweights = (total,) * W
         rows = ()
         docs = ()
-        grads = ()
+        grads = (total,) * (W - 1)
         for w in tl.static_range(W):
             weights += (_channel(weight + w * DIM, d, DIM),)
-            dweights += (total,)
         for w in tl.static_range(W - 1):
             rows += (_conv_row(x, state, first + w - (W - 1), d, L, phase, x_row, DIM, W, STEP),)
             docs += (_conv_document(document, first + w - (W - 1), L, phase, W, STEP),)
-            grads += (total,)
         for i in range(first - (W - 1), tl.minimum(first + ROWS, tl.cdiv(L - phase, STEP) + W - 1), T):
             for j in tl.static_range(T):
                 rows += (_conv_row(x, state, i + j + W - 1, d, L, phase, x_row, DIM, W, STEP),)
