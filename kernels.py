@@ -1048,13 +1048,6 @@ if triton is not None:
             return tl.load(ptr, mask=ok, other=0.0)
 
     @triton.jit
-    def _store(ptr, x, ok, EVEN: tl.constexpr):
-        if EVEN:
-            tl.store(ptr, x.to(ptr.dtype.element_ty))
-        else:
-            tl.store(ptr, x.to(ptr.dtype.element_ty), mask=ok)
-
-    @triton.jit
     def _channel(ptr, d, DIM: tl.constexpr):
         # a (d,) parameter that may be absent
         if ptr is not None:
@@ -1132,8 +1125,11 @@ if triton is not None:
         e = tl.arange(0, E)[None, None, None, :]
         for i in tl.static_range(T):
             at = ptr + ((t + i * S).to(tl.int64) * DIM + d)[:, :, :, None] + e
-            ok = (t + i * S < L)[:, :, :, None] & (d[:, :, :, None] + e < DIM)
-            _store(at, _stack(x[i * E : i * E + E], E), ok, EVEN)
+            if EVEN:
+                tl.store(at, _stack(x[i * E : i * E + E], E))
+            else:
+                ok = (t + i * S < L)[:, :, :, None] & (d[:, :, :, None] + e < DIM)
+                tl.store(at, _stack(x[i * E : i * E + E], E), mask=ok)
 
     @triton.jit
     def _flags(reset, t, L, S: tl.constexpr, T: tl.constexpr):
@@ -1637,7 +1633,7 @@ if triton is not None:
                 if SILU:
                     o *= _sigmoid(o)
                 t = (i + j) * STEP + phase
-                tl.store(y + (b * L + t) * DIM + d, o.to(y.dtype.element_ty), mask=d < tl.where(t < L, DIM, 0))
+                tl.store(y + (b * L + t) * DIM + d, o, mask=d < tl.where(t < L, DIM, 0))
             rows = rows[T:]
             docs = docs[T:]
 
@@ -1707,8 +1703,8 @@ if triton is not None:
                     ok = d < tl.where((f >= 0) & (f < SPAN), DIM, 0)
                     drow += tl.load(dfinal + f * DIM, mask=ok, other=0.0).to(tl.float32)
                 t -= SPAN
-                _store(dx + t * DIM, drow, d < tl.where(own & (t >= 0) & (t < L), DIM, 0), False)
-                _store(dstate + (t + SPAN) * DIM, drow, d < tl.where(own & (t < 0), DIM, 0), False)
+                tl.store(dx + t * DIM, drow, mask=d < tl.where(own & (t >= 0) & (t < L), DIM, 0))
+                tl.store(dstate + (t + SPAN) * DIM, drow, mask=d < tl.where(own & (t < 0), DIM, 0))
             rows = rows[T:]
             docs = docs[T:]
             grads = grads[T:]
@@ -1739,12 +1735,12 @@ if triton is not None:
         Bn = tl.load(B + b * B_b + n, mask=n < N, other=0.0).to(tl.float32)
         Cn = tl.load(C + b * C_b + n, mask=n < N, other=0.0).to(tl.float32)
         h = _exp2((x * 1.4426950408889634)[None, :] * a) * h + (x * v)[None, :] * Bn[:, None]
-        tl.store(state, h.to(state.dtype.element_ty), mask=nd)
+        tl.store(state, h, mask=nd)
         o = tl.sum(h * Cn[:, None], 0) + _channel(D, d, DIM) * v
         if z is not None:
             g = tl.load(z + b * z_b + d, mask=ok, other=0.0).to(tl.float32)
             o *= g * _sigmoid(g)
-        _store(y + b * DIM + d, o, ok, False)
+        tl.store(y + b * DIM + d, o, mask=ok)
 
     @triton.jit
     def _conv_step_kernel(state, x, weight, bias, reset, y, state_b, state_row, state_d, x_b, reset_b,
@@ -1765,10 +1761,10 @@ if triton is not None:
             o += tap.to(tl.float32) * row.to(tl.float32)
             tl.store(state + (i - 1) * state_row, row, mask=d < tl.where(i > 0, DIM, 0))
         if W > 1:
-            _store(state + ((W - 1) * STEP - 1) * state_row, new, ok, False)
+            tl.store(state + ((W - 1) * STEP - 1) * state_row, new, mask=ok)
         if SILU:
             o *= _sigmoid(o)
-        _store(y + b * DIM + d, o, ok, False)
+        tl.store(y + b * DIM + d, o, mask=ok)
 
     def _rows_contiguous(*xs):
         """Each x with a last stride of 1, then their batch strides, then their row strides."""
