@@ -1115,9 +1115,7 @@ if triton is not None:
         # what was asked for, T E of (R, Q, J), float32
         y = ()
         for i in tl.static_range(T):
-            row = _unstack(x[i], E)
-            for e in tl.static_range(E):
-                y += (row[e].to(tl.float32),)
+            y += _unstack(x[i].to(tl.float32), E)
         return y
 
     @triton.jit
