@@ -354,7 +354,7 @@ def _code_rules():
     def polynomial(x, first, *rest):
         y = number(first)
         for coefficient in rest:
-            y = ops.add(ops.mul(y, x), number(coefficient))
+            y = y * x + number(coefficient)
         return y
 
     def bits(x):
@@ -368,24 +368,24 @@ def _code_rules():
         the rest. It stays at 2^-126 where m > 126: the bits of floats, read as integers, are in the floats' order where
         those are positive and below all of them where not, so that one minimum of integers does it."""
         m = from_bits(ops.minimum(bits(m), ops.constant(0x42FC0000, torch.int32)))  # the bits of 126.0
-        r = ops.sub(number(12582912.0), m)  # 1.5 2^23: -round(m) is in the last bits now
-        f = ops.sub(ops.sub(number(12582912.0), r), m)  # round(m) - m, -0.5 .. 0.5
+        r = number(12582912.0) - m  # 1.5 2^23: -round(m) is in the last bits now
+        f = number(12582912.0) - r - m  # round(m) - m, -0.5 .. 0.5
         y = polynomial(f, 1.32647271e-3, 9.67151286e-3, 5.55073375e-2, 2.40222421e-1, 6.93146978e-1, 1.0)
-        return from_bits(ops.add(bits(y), ops.bitwise_left_shift(bits(r), ops.constant(23, torch.int32))))
+        return from_bits(bits(y) + (bits(r) << ops.constant(23, torch.int32)))
 
     def exp_minus_abs(x):
-        return halve(ops.mul(ops.abs(x), number(1.44269504)))
+        return halve(ops.abs(x) * number(1.44269504))
 
     def sigmoid(x):
         w = exp_minus_abs(x)
-        return ops.truediv(ops.where(ops.gt(x, number(0.0)), number(1.0), w), ops.add(number(1.0), w))
+        return ops.where(x > number(0.0), number(1.0), w) / (number(1.0) + w)
 
     def softplus(x):
         """max(x, 0) + log(1 + w), w = exp(-|x|), by a polynomial fitted to log(1 + w) / w on 0 .. 1; x above 20."""
         w = exp_minus_abs(x)
         y = polynomial(w, 0.00512610214, -0.0290740647, 0.0775160868, -0.136022476, 0.190768807, -0.24835399,
                        0.333181217, -0.49999445, 0.999999966)
-        return ops.where(ops.gt(x, number(20.0)), x, ops.add(ops.relu(x), ops.mul(y, w)))
+        return ops.where(x > number(20.0), x, ops.relu(x) + y * w)
 
     def power(base, x):
         assert base == 0.5
