@@ -749,23 +749,19 @@ def _repeated(call):
     if not all(name in WRAPPER or name.startswith("cpp_fused") for name in wrapper.__code__.co_names):
         return lambda tensors: call(list(tensors))  # a version that does more
 
-    def first(tensors):
-        place = {id(x): i for i, x in enumerate(tensors)}
-
-        def recorded(kernel):
-            def run(*args):
-                calls.append((kernel, [(place.get(id(x)), x) for x in args]))
-                kernel(*args)
-            return run
-
-        kernels = {name: recorded(x) for name, x in wrapper.__globals__.items() if name.startswith("cpp_fused")}
-        FunctionType(wrapper.__code__, wrapper.__globals__ | kernels)(call.__self__, list(tensors))
+    def recorded(kernel, place):
+        def run(*args):
+            calls.append((kernel, [(place.get(id(x)), x) for x in args]))
+            kernel(*args)
+        return run
 
     def run(tensors):
         for kernel, args in calls:
             kernel(*[x if i is None else tensors[i] for i, x in args])
         if not calls:
-            first(tensors)
+            place = {id(x): i for i, x in enumerate(tensors)}
+            kernels = {k: recorded(x, place) for k, x in wrapper.__globals__.items() if k.startswith("cpp_fused")}
+            FunctionType(wrapper.__code__, wrapper.__globals__ | kernels)(call.__self__, list(tensors))
 
     return run
 
@@ -882,9 +878,8 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
     dy, u_, delta, *grads = (_rows_d(x, g, dtype) for x in (dy, u, delta, du, ddelta, dz))
     z, out = _rows_d(u if z is None else z, g, dtype, strided=True), _rows_d(ungated if gated else u, g)
     chunks = _chunks(l, dy, u_, delta, z, out, _rows_n(B, g), _rows_n(C, g), *grads, dB, dC, reset)
-    sums, new_sums = ([new(b, rows, whole) for rows in (n, n, 1, 1)] for _ in range(2))  # g, dA, dD, dbias
-    for x in sums:
-        x.zero_()
+    sums = [new(b, rows, whole).zero_() for rows in (n, n, 1, 1)]  # g, dA, dD, dbias
+    new_sums = [torch.empty_like(x) for x in sums]
     if dlast is not None:
         sums[0][..., :d].copy_(dlast.transpose(1, 2))
     ins, outs = ([*(_rows_d(x, g) for x in xs[:2]), *(_rows_d(x, g)[:, 0] for x in xs[2:])] for xs in (sums, new_sums))
