@@ -2003,22 +2003,24 @@ def _for_each(args, grads, wanted):
     return tuple(None if x is None else grads.get(i) for i, x in enumerate(args))
 
 
-def _double_backward(forward, inputs, douts, cotangents):
-    """The gradients with respect to douts and inputs of  sum_i <cotangent_i, d <douts, forward(inputs)> / d input_i>:
-    the definition, differentiated twice."""
-    def fresh(x):  # a node of its own, so that only paths inside `forward` count
+def _double_backward(oracle, args, wanted, douts, cotangents):
+    """The gradients with respect to douts and the wanted args of the sum over these of
+    <cotangent_i, d <douts, oracle(args)> / d arg_i>: the definition, differentiated twice."""
+    def fresh(x):  # a node of its own, so that only paths inside the oracle count
         return x if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs, douts = [fresh(x) for x in inputs], [fresh(x) for x in douts]
-        ys, dys = zip(*((y, dy) for y, dy in zip(forward(*inputs), douts) if dy is not None))
-        xs, vs = zip(*((x, v) for x, v in zip(inputs, cotangents) if x is not None))
+        inputs, douts = {i: fresh(args[i]) for i in wanted}, [fresh(x) for x in douts]
+        outputs = oracle(*(inputs.get(i, x) for i, x in enumerate(args)))
+        ys, dys = zip(*((y, dy) for y, dy in zip(outputs, douts) if dy is not None))
+        xs, vs = zip(*((x, v) for x, v in zip(inputs.values(), cotangents) if x is not None))
         first = torch.autograd.grad(ys, xs, dys, create_graph=True, allow_unused=True)
         firsts, vs = zip(*((g, v) for g, v in zip(first, vs) if g is not None))
-        wanted = [x for x in (*douts, *inputs) if x is not None]
-        second = iter(torch.autograd.grad(firsts, wanted, vs, create_graph=create_graph, allow_unused=True))
-    return [None if x is None else next(second) for x in (*douts, *inputs)]
+        both = *douts, *inputs.values()
+        xs = [x for x in both if x is not None]
+        second = iter(torch.autograd.grad(firsts, xs, vs, create_graph=create_graph, allow_unused=True))
+    return [None if x is None else next(second) for x in both]
 
 
 def _differentiable(function, fwd, bwd, run_fwd, run_bwd, wanted, oracle):
@@ -2039,18 +2041,12 @@ def _differentiable(function, fwd, bwd, run_fwd, run_bwd, wanted, oracle):
         dy, dlast, *args = _kept_args(ctx)
         if _backend(args[0]) == "triton":
             raise RuntimeError(f"{function}: no second derivatives through the Triton kernels; set KERNELS=torch")
-
-        def forward(*inputs):
-            inputs = dict(zip(wanted, inputs))
-            return oracle(*(inputs.get(i, x) for i, x in enumerate(args)))
-
-        ddy, ddlast, *grads = _double_backward(forward, [args[i] for i in wanted], (dy, dlast), cotangents)
+        ddy, ddlast, *grads = _double_backward(oracle, args, wanted, (dy, dlast), cotangents)
         return ddy, ddlast, *_for_each(args, grads, wanted)
 
     @bwd.register_fake
     def _(dy, dlast, *args):
-        return tuple(torch.empty(0, device=args[0].device) if args[i] is None else args[i].new_empty(args[i].shape)
-                     for i in wanted)
+        return _fill([None if args[i] is None else args[i].new_empty(args[i].shape) for i in wanted], args, wanted)
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -2068,10 +2064,10 @@ def _differentiable(function, fwd, bwd, run_fwd, run_bwd, wanted, oracle):
     return Eager.apply
 
 
-eager_scan = _differentiable("selective_scan", scan_fwd, scan_bwd, run_scan_fwd, run_scan_bwd, SCAN_GRADS,
-                             lambda *args: selective_scan_oracle(*args[:11], return_last_state=True))
-eager_conv = _differentiable("causal_conv1d", conv_fwd, conv_bwd, run_conv_fwd, run_conv_bwd, CONV_GRADS,
-                             lambda *args: causal_conv1d_oracle(*args[:6], True, args[6]))
+_eager_scan = _differentiable("selective_scan", scan_fwd, scan_bwd, run_scan_fwd, run_scan_bwd, SCAN_GRADS,
+                              lambda *args: selective_scan_oracle(*args[:11], return_last_state=True))
+_eager_conv = _differentiable("causal_conv1d", conv_fwd, conv_bwd, run_conv_fwd, run_conv_bwd, CONV_GRADS,
+                              lambda *args: causal_conv1d_oracle(*args[:6], True, args[6]))
 
 
 def _eager(x):
@@ -2115,7 +2111,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     if _backend(u) == "oracle":
         return selective_scan_oracle(*args, return_last_state)
     save = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    y, last, _ = (eager_scan if _eager(u) else scan_fwd)(*args, save)
+    y, last, _ = (_eager_scan if _eager(u) else scan_fwd)(*args, save)
     return (y, last) if return_last_state else y
 
 
@@ -2138,7 +2134,7 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, res
             initial_state=(initial_state, "b, (W-1) dilation, d", (b, span, d)))
     if _backend(x) == "oracle":
         return causal_conv1d_oracle(x, weight, bias, activation, initial_state, reset, return_final_state, dilation)
-    y, final = (eager_conv if _eager(x) else conv_fwd)(x, weight, bias, silu, initial_state, reset, dilation)
+    y, final = (_eager_conv if _eager(x) else conv_fwd)(x, weight, bias, silu, initial_state, reset, dilation)
     return (y, final) if return_final_state else y
 
 
