@@ -915,7 +915,7 @@ def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
         return _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation)
     (_, l, d), span = x.shape, weight.shape[1] - 1
     rows, _, _ = _taps(x, span + 1, 1, initial_state, None)
-    dy = _whole_blocks(dy.to(_native_dtype(x)))
+    dy = blocks(_whole(dy.to(_native_dtype(x))).contiguous())
     grads = native([dy[:, None], *_side_by_side(rows, weight, bias)])
     dx, dstate, dweight, dbias = (grad.squeeze(dim)[..., :d] for grad, dim in zip(grads, (1, 1, 0, 0)))
     if dfinal is not None:  # the last rows of state and x
@@ -929,14 +929,10 @@ def _native_dtype(*xs):
     return torch.bfloat16 if all(x is None or x.dtype == torch.bfloat16 for x in xs) else torch.float32
 
 
-def _whole_blocks(x):
-    return blocks(_whole(x).contiguous())
-
-
 def _side_by_side(rows, weight, bias):
     """A convolution's rows and parameters as those of one of q = 1"""
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    return [_whole_blocks(x.float()) for x in (rows[:, None], weight.t()[None], bias[None])]
+    return [blocks(_whole(x.float()).contiguous()) for x in (rows[:, None], weight.t()[None], bias[None])]
 
 
 class NativeCode(NamedTuple):
