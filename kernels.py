@@ -827,15 +827,17 @@ def _rows_of(x, u, g):
     return x.expand(len(u), *x.shape).flatten(0, 1)
 
 
-def _scan_native(kernel, u, delta, A, z, delta_softplus):
+def _scan_native(kernel, u, delta, A, z, delta_bias, delta_softplus):
     n, dtype = A.shape[1], u.dtype if u.dtype == torch.float64 else _native_dtype(u, delta, z)
-    if u.device.type == "cpu" and not ((A <= 0).all() and (delta_softplus or (delta >= 0).all())):
-        return None  # powers of 2 of native code would hide a NaN, and what overflows
+    if u.device.type == "cpu":  # powers of 2 of native code would hide a NaN, and what overflows
+        steps = delta if delta_bias is None or delta_softplus else delta + delta_bias
+        if not ((A <= 0).all() and (delta_softplus or (steps >= 0).all())):
+            return None
     return _native(kernel, u.device, dtype, u.numel() * n, n, softplus=delta_softplus, gated=z is not None)
 
 
 def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
-    native = _scan_native(CHUNK_FWD, u, delta, A, z, delta_softplus)
+    native = _scan_native(CHUNK_FWD, u, delta, A, z, delta_bias, delta_softplus)
     if native is None:
         return _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save)
     (b, l, d), n, gated = u.shape, A.shape[1], z is not None
@@ -863,7 +865,7 @@ def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
 
 
 def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
-    native = _scan_native(CHUNK_BWD, u, delta, A, z, delta_softplus)
+    native = _scan_native(CHUNK_BWD, u, delta, A, z, delta_bias, delta_softplus)
     if native is None:
         return _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
                                saved)
@@ -1019,7 +1021,7 @@ if triton is not None:
 
     @triton.jit
     def _softplus(x):
-        # max(x, 0) + log1p(e^-|x|), log1p by a minimax polynomial: relative error below 2e-7, also where e^x is tiny
+        # max(x, 0) + log1p(e^-|x|), log1p by a minimax polynomial: relative error 2e-7, or |x| 6e-8 where e^x is tiny
         e = _exp2(-1.4426950408889634 * tl.abs(x))
         p = 0.005232690367847681 * e - 0.029505228623747826
         p = p * e + 0.07822594046592712
@@ -2074,10 +2076,15 @@ def _eager(x):
 # ---------------------------------------------------------------- the public functions
 
 def _expect(function, **shapes):
-    """Raise a one-line error unless each (tensor, shape) agrees; None stands for an absent tensor."""
+    """Raise a one-line error unless each tensor has its shape and is of floating point, reset bool; None stands for an
+    absent one."""
     for name, (x, letters, shape) in shapes.items():
-        if x is not None and x.shape != shape:
+        if x is None:
+            continue
+        if x.shape != shape:
             raise ValueError(f"{function}: {name} has shape {tuple(x.shape)}, expected ({letters}) = {tuple(shape)}")
+        if not (x.dtype == torch.bool if name == "reset" else x.is_floating_point()):
+            raise TypeError(f"{function}: {name} is {x.dtype}, expected {'bool' if name == 'reset' else 'a float'}")
 
 
 def _silu(function, activation):
@@ -2095,14 +2102,15 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     initial_state: (b, d, n), zero if absent. reset: (b, l) bool, the state is zeroed before each position where it is
     true. Returns y (b, l, d) in u's dtype, with return_last_state also the state (b, d, n) in float32 (float64 for
     float64 u). Differentiable in every floating-point argument, and through both states. ValueError for a shape that
-    does not fit."""
+    does not fit, TypeError for a type."""
     if u.dim() != 3 or A.dim() != 2 or 0 in u.shape:
         raise ValueError(f"selective_scan: u {tuple(u.shape)} must be (b, l, d), not empty, "
                          f"and A {tuple(A.shape)} (d, n)")
     (b, l, d), n = u.shape, A.shape[1]
-    _expect("selective_scan", delta=(delta, "b, l, d", (b, l, d)), z=(z, "b, l, d", (b, l, d)), A=(A, "d, n", (d, n)),
-            B=(B, "b, l, n", (b, l, n)), C=(C, "b, l, n", (b, l, n)), D=(D, "d", (d,)), reset=(reset, "b, l", (b, l)),
-            delta_bias=(delta_bias, "d", (d,)), initial_state=(initial_state, "b, d, n", (b, d, n)))
+    _expect("selective_scan", u=(u, "b, l, d", (b, l, d)), delta=(delta, "b, l, d", (b, l, d)), A=(A, "d, n", (d, n)),
+            B=(B, "b, l, n", (b, l, n)), C=(C, "b, l, n", (b, l, n)), D=(D, "d", (d,)), z=(z, "b, l, d", (b, l, d)),
+            delta_bias=(delta_bias, "d", (d,)), initial_state=(initial_state, "b, d, n", (b, d, n)),
+            reset=(reset, "b, l", (b, l)))
     args = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
     if _backend(u) == "oracle":
         return selective_scan_oracle(*args, return_last_state)
@@ -2119,31 +2127,41 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, res
     (b, (W-1) dilation, d), the inputs before x, oldest first, zero if absent. reset: (b, l) bool, a position where it
     is true and all after it see nothing from before it. Returns y (b, l, d) in x's dtype, with return_final_state also
     the next call's initial_state. Differentiable in every floating-point argument, and through both states. ValueError
-    for a shape that does not fit."""
+    for a shape that does not fit, TypeError for a type."""
     silu = _silu("causal_conv1d", activation)
     if x.dim() != 3 or weight.dim() != 2 or 0 in x.shape or 0 in weight.shape or dilation < 1:
         raise ValueError(f"causal_conv1d: x {tuple(x.shape)} must be (b, l, d) and weight {tuple(weight.shape)} "
                          f"(d, W), not empty, dilation {dilation} at least 1")
     (b, l, d), W = x.shape, weight.shape[1]
     span = (W - 1) * dilation
-    _expect("causal_conv1d", weight=(weight, "d, W", (d, W)), bias=(bias, "d", (d,)), reset=(reset, "b, l", (b, l)),
-            initial_state=(initial_state, "b, (W-1) dilation, d", (b, span, d)))
+    _expect("causal_conv1d", x=(x, "b, l, d", (b, l, d)), weight=(weight, "d, W", (d, W)), bias=(bias, "d", (d,)),
+            reset=(reset, "b, l", (b, l)), initial_state=(initial_state, "b, (W-1) dilation, d", (b, span, d)))
     if _backend(x) == "oracle":
         return causal_conv1d_oracle(x, weight, bias, activation, initial_state, reset, return_final_state, dilation)
     y, final = (_eager_conv if _eager(x) else conv_fwd)(x, weight, bias, silu, initial_state, reset, dilation)
     return (y, final) if return_final_state else y
 
 
+@torch.no_grad()
 def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, reset=None):
     """One position of selective_scan: state (b, d, n) is updated in place; u, delta, z: (b, d); B, C: (b, n);
     reset: (b,) bool. Returns y (b, d). For decoding: no gradients, few calls, no synchronisation, can be captured in a
     CUDA graph. On a CPU it is fastest where channels lie side by side in state and A."""
+    (b, d), n = u.shape, A.shape[1]
+    _expect("selective_scan_step", state=(state, "b, d, n", (b, d, n)), u=(u, "b, d", (b, d)), z=(z, "b, d", (b, d)),
+            delta=(delta, "b, d", (b, d)), A=(A, "d, n", (d, n)), B=(B, "b, n", (b, n)), C=(C, "b, n", (b, n)),
+            D=(D, "d", (d,)), delta_bias=(delta_bias, "d", (d,)), reset=(reset, "b", (b,)))
+    return scan_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
+
+
+def scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, reset=None):
+    """selective_scan_step as a decoder calls it, under no_grad: what is checked there takes a fifth of the time."""
     if triton is not None and (u.is_cuda or INTERPRET) and _backend(u) == "triton":
         return _scan_step_triton(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
     dtype, f = u.dtype, torch.promote_types(state.dtype, torch.float32)
     if state.dtype != f:  # a small type is for what is kept
         h = state.to(f)
-        y = selective_scan_step(h, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
+        y = scan_step(h, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
         state.copy_(h)
         return y
     if not dtype == delta.dtype == B.dtype == C.dtype == f or (z is not None and z.dtype != f):
@@ -2163,7 +2181,9 @@ def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=Non
 def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None, dilation=1):
     """One position of causal_conv1d: state (b, (W-1) dilation, d) is updated in place; x: (b, d); reset: (b,) bool.
     Returns y (b, d)."""
-    silu = _silu("causal_conv1d_step", activation)
+    silu, (b, d), W = _silu("causal_conv1d_step", activation), x.shape, weight.shape[1]
+    _expect("causal_conv1d_step", x=(x, "b, d", (b, d)), weight=(weight, "d, W", (d, W)), bias=(bias, "d", (d,)),
+            reset=(reset, "b", (b,)), state=(state, "b, (W-1) dilation, d", (b, (W - 1) * dilation, d)))
     if triton is not None and (x.is_cuda or INTERPRET) and _backend(x) == "triton":
         return _conv_step_triton(state, x, weight, bias, silu, reset, dilation)
     rows = torch.cat((state, x.unsqueeze(1)), 1)  # (b, span + 1, d)
@@ -2185,6 +2205,8 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     if A.is_complex():
         raise TypeError(f"selective_scan_fn: A is {A.dtype}; it must be real, as in Mamba (mamba_ssm takes S4's, too)")
     (b, d, l), n = u.shape, A.shape[1]
+    _expect("selective_scan_fn", delta=(delta, "b, d, l", (b, d, l)), z=(z, "b, d, l", (b, d, l)),
+            A=(A, "d, n", (d, n)), D=(D, "d", (d,)), delta_bias=(delta_bias, "d", (d,)))
 
     def per_channel(x):  # a constant B or C differs by channel, and has no fast form: one group a channel
         return x[None, :, :, None].expand(b, d, n, l) if x.dim() == 2 else x[:, None] if x.dim() == 3 else x
@@ -2194,6 +2216,8 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     if d % groups or groups % B.shape[1] or groups % C.shape[1]:
         raise ValueError(f"selective_scan_fn: {B.shape[1]} groups of B and {C.shape[1]} of C do not share out evenly "
                          f"among {d} channels")
+    if groups > 1:  # gradients of what groups share are summed in the type that it has here
+        B, C = B.to(_state_dtype(u)), C.to(_state_dtype(u))
     ys, states = [], []
     u, delta, z = (None if x is None else x.transpose(1, 2) for x in (u, delta, z))
     for g in range(groups):
@@ -2232,6 +2256,7 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
     l, k, span = xs.shape[-1], conv_state.shape[-1], weight.shape[1] - 1
     index = None if conv_state_indices is None else conv_state_indices.long()
     state = conv_state if index is None else conv_state[index.clamp(min=0)]
+    _expect("causal_conv1d_update", conv_state=(state, "b, d, k >= W-1", (*xs.shape[:2], max(k, span))))
     if cache_seqlens is None:
         past = state[..., k - span :]
         new = torch.cat([state, xs.to(state.dtype)], -1)[..., -k:] if k else state
@@ -2261,6 +2286,10 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     index = None if state_batch_indices is None else state_batch_indices.long()
     rows = state if index is None else state[index.clamp(min=0)]
     B, C = (m[:, None] if m.dim() == 2 else m for m in (B, C))
+    shape, letters = rows.shape, "b, d" if rows.dim() == 3 else "b, h, d"
+    _expect("selective_state_update", x=(x, letters, shape[:-1]), dt=(dt, letters, shape[:-1]),
+            z=(z, letters, shape[:-1]), A=(A, letters[3:] + ", n", shape[1:]), D=(D, letters[3:], shape[1:-1]),
+            dt_bias=(dt_bias, letters[3:], shape[1:-1]), C=(C, "b, groups, n", B.shape))
     flat = lambda m, i: m if m is None or rows.dim() == 3 else m.flatten(i, i + 1)  # noqa: E731
     h = flat(rows, 1).to(_state_dtype(x), copy=True)  # (b, heads d, n)
     x_, dt_, z_ = flat(x, 1), flat(dt, 1), flat(z, 1)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
-from kernels import selective_scan_step
+from kernels import scan_step
 from model import GPT, GPTConfig, RMSNorm, eager_cpu, map_state, product_type, rotary_table, rotate
 from prepare import DataError, Tokenizer, publish, temporary_file, text_chunks
 
@@ -198,7 +198,7 @@ def decode_mamba(mixer, state):
         x, z = in_proj(x).chunk(2, 1)  # (B, d_inner) each
         x = convolution(x)
         dt, B, C = x_proj(x).split_with_sizes(parts, 1)
-        return out_proj(selective_scan_step(h, x, dt_proj(dt), A, B, C, D, z, dt_bias, True))
+        return out_proj(scan_step(h, x, dt_proj(dt), A, B, C, D, z, dt_bias, True))
     return step
 
 

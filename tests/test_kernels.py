@@ -306,7 +306,8 @@ def test_native_code_hides_nothing(native):
         y, oracle = (f(**bad, delta_softplus=True) for f in (selective_scan, selective_scan_oracle))
         assert y.isnan().any() and torch.equal(y.isnan(), oracle.isnan()), name
     x = {k: v.detach() for k, v in x.items()}
-    for grows in (x | {"A": 100 * x["A"].abs(), "delta_softplus": True}, x | {"delta": -300 * x["delta"].abs()}):
+    for grows in (x | {"A": 100 * x["A"].abs(), "delta_softplus": True}, x | {"delta": -300 * x["delta"].abs()},
+                  x | {"delta": x["delta"].abs(), "delta_bias": torch.full((16,), -300.0)}):
         y, oracle = (f(**grows) for f in (selective_scan, selective_scan_oracle))
         assert not oracle.isfinite().all() and torch.equal(y.isfinite(), oracle.isfinite())
 
@@ -499,6 +500,9 @@ def test_steps_are_as_exact_as_what_they_are_given(dtypes):
 def test_steps_keep_no_graph():
     weight, state = torch.ones(3, 4, requires_grad=True), torch.zeros(2, 3, 3)
     assert not causal_conv1d_step(state, torch.ones(2, 3), weight).requires_grad and not state.requires_grad
+    state, x, A, B = torch.zeros(2, 3, 4), torch.ones(2, 3), -torch.ones(3, 4, requires_grad=True), torch.ones(2, 4)
+    assert not selective_scan_step(state, x, x, A.detach().requires_grad_(), B, B).requires_grad
+    assert not state.requires_grad and (state == 1).all()
 
 
 def test_a_reset_shuts_out_even_an_infinite_past():
@@ -612,6 +616,34 @@ def test_shapes_are_checked():
         causal_conv1d(x["u"], torch.ones(3, 4), initial_state=torch.zeros(2, 4, 3))
     with pytest.raises(ValueError, match="activation"):
         causal_conv1d(x["u"], torch.ones(3, 4), activation="gelu")
+    for name, other, said in (("u", torch.int64, "a float"), ("A", torch.complex64, "a float")):
+        with pytest.raises(TypeError, match=f"selective_scan: {name} is {other}, expected {said}"):
+            selective_scan(**(x | {name: x[name].to(other)}))
+    for mask in (torch.zeros(2, 4, dtype=torch.uint8), torch.zeros(2, 4)):
+        with pytest.raises(TypeError, match=r"selective_scan: reset is torch\.\w+, expected bool"):
+            selective_scan(**x, reset=mask)
+        with pytest.raises(TypeError, match="causal_conv1d: reset"):
+            causal_conv1d(x["u"], torch.ones(3, 4), reset=mask)
+
+
+def test_nothing_is_broadcast_or_cut_to_fit_in_steps_and_wrappers():
+    r = torch.randn
+    step = dict(state=r(2, 4, 3), u=r(2, 4), delta=r(2, 4), A=-torch.ones(4, 3), B=r(2, 3), C=r(2, 3))
+    update = dict(state=r(2, 2, 4, 3), x=r(2, 2, 4), dt=r(2, 2, 4), A=-torch.ones(2, 4, 3), B=r(2, 2, 3), C=r(2, 2, 3))
+    conv = dict(state=r(1, 3, 4), x=r(1, 4), weight=r(4, 4))
+    ring = dict(x=r(2, 4), conv_state=r(2, 4, 3), weight=r(4, 4), cache_seqlens=torch.zeros(2, dtype=torch.int32))
+    scan = dict(u=r(2, 4, 5), delta=r(2, 4, 5), A=-torch.ones(4, 3), B=r(2, 3, 5), C=r(2, 3, 5))
+    for function, right, wrong in (
+            (selective_scan_step, step, dict(delta=r(2, 1), A=-torch.ones(1, 3), B=r(2, 1), D=r(1), z=r(1, 4))),
+            (causal_conv1d_step, conv, dict(weight=r(4, 1), x=r(1, 1), bias=r(1))),
+            (causal_conv1d_update, ring, dict(conv_state=r(2, 4, 1), x=r(1, 4), weight=r(3, 4))),
+            (selective_scan_fn, scan, dict(delta=r(2, 8, 5), A=-torch.ones(7, 3), D=r(9), z=r(2, 5, 5))),
+            (selective_state_update, update, dict(dt=r(2, 4, 2), z=r(2, 2, 5), D=r(3, 4), A=-torch.ones(3, 4, 3),
+                                                  C=r(2, 3, 3), dt_bias=r(4, 2), x=r(2, 4, 2)))):
+        function(**right)
+        for name, value in wrong.items():
+            with pytest.raises(ValueError, match=r"has shape .*, expected \("):
+                function(**right | {name: value})
 
 
 # -- the drop-in signatures, against einsum forms written from the packages' documentation
@@ -644,6 +676,17 @@ def test_selective_scan_fn(form):
     assert_near((y, last), expected, 1e-12)
     with pytest.raises(TypeError, match=r"A is torch\.complex128; it must be real"):
         selective_scan_fn(u, delta, A.to(torch.complex128), B, C)
+
+
+def test_gradients_of_what_groups_share_are_summed_exactly():
+    gen = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.randn(*s, generator=gen).bfloat16()  # noqa: E731
+    u, delta, A, B, C = rand(2, 256, 16), rand(2, 256, 16), -rand(256, 4).exp(), rand(256, 4), rand(2, 4, 16)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x = [t.to(dtype).requires_grad_() for t in (u, delta, A, B, C)]
+        grads.append(torch.autograd.grad(selective_scan_fn(*x, delta_softplus=True).double().sum(), x[-1])[0].double())
+    assert (grads[0] - grads[1]).norm() < 4e-3 * grads[1].norm()
 
 
 def test_causal_conv1d_fn_with_seq_idx():
