@@ -1105,7 +1105,7 @@ def main():
         sys.exit(130)
     except (RunError, SampleError, DataError, OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
-        if isinstance(error, RuntimeError) and "memory" not in reason:
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", reason):
             raise
         if isinstance(error, (MemoryError, RuntimeError)):
             reason = "memory is too small, lower batch_size, block_size or n_embd: " + reason.partition("\n")[0]

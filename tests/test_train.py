@@ -399,6 +399,7 @@ def test_validation_losses_cover_the_split_once(folder):
     expected = sum(a * n for a, n in alone) / sum(n for _, n in alone)
     this.config.eval_lanes = 5
     this.evaluate()
+    this.writer.close()
     for found in (vals, this.metrics[-1]):
         assert found["val_loss_reset"] == pytest.approx(expected, abs=2e-5)
 
@@ -848,7 +849,8 @@ def test_what_cannot_be_written_is_named(folder, monkeypatch):
 @pytest.mark.parametrize("error, code, said", [
     (KeyboardInterrupt(), 130, ""), (MemoryError("Unable to allocate 8 GiB"), 1, "memory is too small, .*: Unable"),
     (lambda: torch.empty(2**46), 1, "memory is too small, lower batch_size, block_size or n_embd: "),
-    (lambda: torch.empty(2) + torch.empty(3), RuntimeError, "")])
+    (RuntimeError("CUDA out of memory. Tried to\nallocate"), 1, "memory is too small, .*: CUDA out of memory"),
+    (RuntimeError("CUDA error: an illegal memory access"), RuntimeError, "")])
 def test_ctrl_c_before_the_loop_and_memory_that_is_too_small(folder, monkeypatch, capsys, error, code, said):
     def fails(*_, **__):
         if callable(error):
