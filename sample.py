@@ -528,7 +528,7 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         help="draw from tokens at least P times as likely as the likeliest")
     add("--repetition_penalty", type=number(float, "from 0.01 to 100", lambda r: 0.01 <= r <= 100), default=1.0,
         metavar="R", help="above 1: tokens seen before become less likely (default: %(default)s, off)")
-    add("--num_samples", type=number(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10000), default=1, 
+    add("--num_samples", type=number(int, "a whole number from 1 to 10000", lambda n: 1 <= n <= 10000), default=1,
         metavar="N", help="samples, made side by side (default: %(default)s)")
     add("--stop", metavar="TEXT", help="end a sample before this text")
     add("--seed", type=number(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63), metavar="N",
