@@ -1297,11 +1297,12 @@ chunked_cross_entropy._torchdynamo_disable = True  # of this function alone, not
 
 if __name__ == "__main__":
     from prepare import DataError, Tokenizer
-    from train import load_config
+    from train import choose_device, choose_dtype, load_config
 
-    config = load_config().config
+    settings = load_config()
+    config = settings.config
     try:
         config.vocab_size = config.vocab_size or Tokenizer(config.tokenizer).n_vocab
     except DataError as error:
         sys.exit(f"error: {error}")
-    print(GPT(config).layer_table())
+    print(GPT(config).layer_table(choose_dtype(config.dtype, choose_device(settings.device))))

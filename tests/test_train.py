@@ -95,9 +95,11 @@ def test_shipped_files_are_what_a_missing_file_becomes(folder, capsys):
 
 
 def test_model_py_prints_the_layer_table_of_the_shipped_file(folder):
-    done = subprocess.run([sys.executable, str(ROOT / "model.py"), "--n_embd", "16,8"], capture_output=True, text=True)
+    flags = ["--n_embd", "16,8", "--dtype", "bfloat16", "--device", "cpu", "--vocab_size", "257"]
+    done = subprocess.run([sys.executable, str(ROOT / "model.py"), *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "fractal" in done.stdout and re.search(r"all +[\d,]+ +[\d,]+$", done.stdout.strip())
+    assert GPT(train.load_config(flags).config).layer_table(torch.bfloat16) in done.stdout
     done = subprocess.run([sys.executable, str(ROOT / "model.py"), "--tokenizer", "no_such"], capture_output=True,
                           text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
