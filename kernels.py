@@ -311,9 +311,9 @@ def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
 
 # ---------------------------------------------------------------- the same, compiled for the CPU at hand
 #
-# Each function below is written in torch, for one chunk, one convolution or one norm, and runs as it stands or as the
-# native code that Inductor makes of it: vectors along channels, any batch, length and width. A chunk's outputs are
-# views, its last arguments.
+# Each function below is written in torch, for one chunk or one convolution, and runs as it stands or as the native code
+# that Inductor makes of it: vectors along channels, any batch, length and width. A chunk's outputs are views, its last
+# arguments. cpu.py has more of the kind.
 
 @contextlib.contextmanager
 def _code_rules():
@@ -431,7 +431,7 @@ def blocks(x):
     return x.view(*x.shape[:-1], x.shape[-1] // VECTOR, VECTOR)
 
 
-def _flat(*xs):
+def flat(*xs):
     """(.., blocks, VECTOR) -> (.., d): no loop over d has a remainder then"""
     return [x.flatten(-2) for x in xs]
 
@@ -439,7 +439,7 @@ def _flat(*xs):
 def _chunk_fwd(u, delta, z, B, C, halvings, D, bias, h, y, out, h_out, reset=None, *, softplus, gated):
     """One chunk of the scan, from the state h (b, n, d) to h_out; halvings (n, d) are -A log2(e), so that
     0.5 ** (dt halvings) = exp(dt A). Parameters come once a row. With a gate `out` is y before it."""
-    u, delta, z, halvings, D, bias, h, y, out, h_out = _flat(u, delta, z, halvings, D, bias, h, y, out, h_out)
+    u, delta, z, halvings, D, bias, h, y, out, h_out = flat(u, delta, z, halvings, D, bias, h, y, out, h_out)
     u, delta, z = u.float(), delta.float(), z.float()
     halvings, h, h_out = (x.transpose(1, 2) for x in (halvings, h, h_out))  # (b, d, n): the loop over n is innermost
     raw = delta + bias[:, None]
@@ -459,10 +459,10 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, halvings, D, bias, h, g, dA, dD, d
                dA_out, dD_out, dbias_out, reset=None, *, softplus, gated):
     """The gradients of one chunk, by the formulas of _scan_bwd_eager. h is the state before it, out what _chunk_fwd
     gave, g (b, n, d) the gradient of the state after it; dA (b, n, d), dD and dbias (b, d) are sums so far."""
-    dy, u, delta, z, out, du, ddelta, dz = _flat(dy, u, delta, z, out, du, ddelta, dz)
+    dy, u, delta, z, out, du, ddelta, dz = flat(dy, u, delta, z, out, du, ddelta, dz)
     dy, u, delta, z = dy.float(), u.float(), delta.float(), z.float()
-    A, halvings, h, g, dA, g_out, dA_out = _flat(A, halvings, h, g, dA, g_out, dA_out)
-    D, bias, dD, dbias, dD_out, dbias_out = _flat(D, bias, dD, dbias, dD_out, dbias_out)
+    A, halvings, h, g, dA, g_out, dA_out = flat(A, halvings, h, g, dA, g_out, dA_out)
+    D, bias, dD, dbias, dD_out, dbias_out = flat(D, bias, dD, dbias, dD_out, dbias_out)
     raw = delta + bias[:, None]
     dt = _keep(F.softplus(raw) if softplus else raw)
     v = _keep(dt * u)
@@ -505,14 +505,14 @@ CHUNK_BWD = _chunk_bwd, ("~bTcv ~bTcv ~bTcv ~bTcv' bTcv bTn bTn rncv rncv rcv rc
 def _taps_fwd(rows, weight, bias, y, *, silu):
     """q convolutions side by side of rows (b, q, W-1 + l, d), which begin with the state, with weight (q, W, d): y
     (b, q, l, d)."""
-    rows, weight, bias, y = _flat(rows, weight, bias, y)
+    rows, weight, bias, y = flat(rows, weight, bias, y)
     x = sum((weight[:, w, None] * rows[:, :, w : w + y.shape[2]] for w in range(weight.shape[1])), bias[:, None])
     y.copy_(x * torch.sigmoid(x) if silu else x)
 
 
 def _taps_bwd(dy, rows, weight, bias, *, silu):
     """The gradients of the rows after the state, of those of the state, of weight and bias."""
-    dy, rows, weight, bias = _flat(dy.float(), rows, weight, bias)
+    dy, rows, weight, bias = flat(dy.float(), rows, weight, bias)
     W, l = weight.shape[1], dy.shape[2]
     taps, weights = [rows[:, :, w : w + l] for w in range(W)], [x[:, None] for x in weight.unbind(1)]
     if silu:
@@ -530,121 +530,7 @@ def _taps_bwd(dy, rows, weight, bias, *, silu):
     return grad(W - 1, l), grad(0, W - 1), dweight, dy.sum(2).sum(0)
 
 
-def _normed(z, inverse, eps, r):
-    """n = z r, r = (inverse sum z^2 + eps)^-1/2 over the last dimension of z (b, q, l, d); inverse, eps (q, 1)"""
-    r.copy_(torch.rsqrt((z * z).sum(-1) * inverse + eps))
-    return z * r[..., None]
-
-
-def _normed_bwd(dn, n, inverse, r):
-    """The gradient of z"""
-    along = (dn * n).sum(-1) * inverse
-    return (dn - n * along[..., None]) * r[..., None]
-
-
-def _norm_fwd(z, inverse, eps, y, r, gain=None):
-    """y = n gain; inverse, eps (q,), gain (q, d)"""
-    z, y = _flat(z.float(), y)
-    n = _normed(z, inverse[:, None], eps[:, None], r)
-    y.copy_(n if gain is None else n * gain.flatten(-2)[:, None])
-
-
-def _norm_bwd(dy, z, r, inverse, dz, gain=None):
-    """The gradients of z and of the gain"""
-    dy, z, dz = _flat(dy.float(), z.float(), dz)
-    n = z * r[..., None]
-    dz.copy_(_normed_bwd(dy if gain is None else dy * gain.flatten(-2)[:, None], n, inverse[:, None], r))
-    return () if gain is None else ((dy * n).sum(2).sum(0),)
-
-
-def _gated_norm_fwd(z, gate, inverse, eps, y, r):
-    """y = n silu(gate)"""
-    z, gate, y = _flat(z, gate.float(), y)
-    y.copy_(_normed(z, inverse[:, None], eps[:, None], r) * gate * torch.sigmoid(gate))
-
-
-def _gated_norm_bwd(dy, z, gate, r, inverse, dz, dgate):
-    dy, z, gate, dz, dgate = _flat(dy.float(), z, gate.float(), dz, dgate)
-    n, s = z * r[..., None], torch.sigmoid(gate)
-    dgate.copy_(dy * n * s * (1 + gate * (1 - s)))
-    dz.copy_(_normed_bwd(dy * gate * s, n, inverse[:, None], r))
-
-
-def _stream_norm_fwd(x, inverse, eps, gain, y, r, more=None, total=None):
-    """y = n gain for the norm n of total = x + more (b, l, d), or of x alone; inverse, eps (1,)"""
-    x, gain, y = _flat(x, gain, y)
-    if more is not None:
-        more, total = _flat(more.float(), total)
-        x = x + more
-        total.copy_(x)
-    y.copy_(_normed(x, inverse[0], eps[0], r) * gain)
-
-
-def _stream_norm_bwd(dy, dtotal, total, r, inverse, gain, dx, dmore=None):
-    """The gradient of x and of more, dtotal and that through the norm, and the gradient of the gain"""
-    dy, dtotal, total, gain, dx = _flat(dy.float(), dtotal, total, gain, dx)
-    n = total * r[..., None]
-    grad = dtotal + _normed_bwd(dy * gain, n, inverse[0], r)
-    dx.copy_(grad)
-    if dmore is not None:
-        dmore.flatten(-2).copy_(grad)
-    return (dy * n).sum(1).sum(0),
-
-
-def _square_fwd(x, y):
-    """y = relu(x)^2"""
-    x, y = _flat(x.float(), y)
-    root = F.relu(x)
-    y.copy_(root * root)
-
-
-def _square_bwd(dy, y, dx):
-    """dx = 2 relu(x) dy, for y = relu(x)^2"""
-    dy, y, dx = _flat(dy.float(), y.float(), dx)
-    dx.copy_(2 * y.sqrt() * dy)
-
-
-def _rotate(a, b, cos, sin, y_a, y_b):
-    """(a + ib) (cos + i sin) for a, b (b, q, l, d) and cos, sin (l, d)"""
-    a, b, cos, sin, y_a, y_b = _flat(a.float(), b.float(), cos, sin, y_a, y_b)
-    y_a.copy_(a * cos - b * sin)
-    y_b.copy_(b * cos + a * sin)
-
-
-def _weigh_rows(x, r, y):
-    """y = r x"""
-    x, y = _flat(x.float(), y)
-    y.copy_(x * r[..., None])
-
-
-def _softmax_fwd(s, hidden, w, r):
-    """w = 2^(s - max s), 0 where hidden < 0, and r = 1 / sum w"""
-    s, hidden, w = _flat(s.float(), hidden.float()[:, None], w)
-    s = s + hidden
-    x = torch.where(hidden < 0, 0.0, 0.5 ** (s.amax(-1, keepdim=True) - s))
-    w.copy_(x)
-    r.copy_(1 / x.sum(-1))
-
-
-def _softmax_bwd(dp, w, r, ds):
-    """ds = log(2) p (g - sum p g) for dp = r g, g the gradient of p = r w"""
-    dp, w, ds = _flat(dp.float(), w.float(), ds)
-    along = (w * dp).sum(-1) * r
-    ds.copy_(math.log(2) * w * (dp - along[..., None]))
-
-
-# operations between matrix products, and their gradients
 TAPS = (_taps_fwd, "bqLcv qncv qcv ~bqlcv'"), (_taps_bwd, "~bqlcv' bqLcv qncv qcv")
-NORM = (_norm_fwd, "~bqlcv' q q bqlcv' bql"), (_norm_bwd, "bqlcv' ~bqlcv' bql q ~bqlcv'")
-GATED_NORM = ((_gated_norm_fwd, "bqlcv' ~bqlcv' q q ~bqlcv' bql"),
-              (_gated_norm_bwd, "~bqlcv' bqlcv' ~bqlcv' bql q bqlcv' ~bqlcv'"))
-STREAM_NORM = (_stream_norm_fwd, "blcv q q cv ~blcv bl"), (_stream_norm_bwd, "~blcv blcv blcv bl q cv blcv")
-ADD_NORM = tuple((f, f"{letters} {more}") for (f, letters), more in zip(STREAM_NORM, ("~blcv blcv", "~blcv")))
-HEAD_NORM = (_norm_fwd, "~bqlcv' q q ~bqlcv' bql qcv"), (_norm_bwd, "~bqlcv' ~bqlcv' bql q ~bqlcv' qcv")
-SQUARE = (_square_fwd, "~bcv ~bcv"), (_square_bwd, "~bcv ~bcv ~bcv")
-ROTATE = _rotate, "~bqlcv' ~bqlcv' lcv lcv ~bqlcv' ~bqlcv'"
-WEIGH_ROWS = _weigh_rows, "~bqlcv' bql ~bqlcv'"
-SOFTMAX = (_softmax_fwd, "~bqlcv ~blcv' ~bqlcv bql"), (_softmax_bwd, "~bqlcv ~bqlcv bql ~bqlcv")
 
 
 def _example(shape, n, i=0):
@@ -691,8 +577,9 @@ def _compiled(function, letters, n, **options):
         from torch._inductor import config
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-        about = (Path(__file__).read_bytes(), torch.__version__, torch.backends.cpu.get_cpu_capability(),
-                 function.__name__, letters, n, options)
+        sources = [Path(source).read_bytes() for source in (__file__, function.__code__.co_filename)]
+        about = (sources, torch.__version__, torch.backends.cpu.get_cpu_capability(), function.__name__, letters, n,
+                 options)
         path = Path(cache_dir(), "hybrid", hashlib.sha256(repr(about).encode()).hexdigest() + ".py")
         with COMPILING, config.patch(CODE):
             with contextlib.suppress(Exception):  # none yet, or a damaged one
@@ -938,57 +825,20 @@ def _side_by_side(rows, weight, bias):
 
 
 class NativeCode(NamedTuple):
-    """Native code of an operation between matrix products in dtype, and of its gradient"""
+    """Native code of an operation between matrix products in dtype, and of its gradient, if that is another one"""
 
     dtype: torch.dtype
     fwd: Callable
-    bwd: Callable
+    bwd: Callable | None = None
 
 
 def native_code(kernels, device, dtype, elements, n=0, **options):
-    """NativeCode of two kernels, TAPS or the like, for this type and so many elements, or None where torch's
+    """NativeCode of one or two kernels, TAPS or the like, for this type and so many elements, or None where torch's
     operations are to run."""
     if dtype not in (torch.float32, torch.bfloat16):
         return None
-    fwd, bwd = (_native(kernel, device, dtype, elements * CONV_WORK, n, **options) for kernel in kernels)
-    return None if fwd is None or bwd is None else NativeCode(dtype, fwd, bwd)
-
-
-class AttentionCode(NamedTuple):
-    """Native code for what stands between the matrix products of attention, norms of heads if there are any"""
-
-    softmax: NativeCode
-    rotate: Callable
-    weigh_rows: Callable
-    norm: NativeCode | None
-
-
-def attention_code(device, dtype, elements, norm):
-    """AttentionCode for products in dtype and so many elements of q, or None where torch's operations are to run."""
-    softmax = native_code(SOFTMAX, device, dtype, elements)
-    if softmax is None:
-        return None
-    rotate, weigh = (_native(kernel, device, dtype, elements * CONV_WORK, 0) for kernel in (ROTATE, WEIGH_ROWS))
-    code = AttentionCode(softmax, rotate, weigh, native_code(HEAD_NORM, device, dtype, elements) if norm else None)
-    return None if None in code[:3] or (norm and code.norm is None) else code
-
-
-class FractalCode(NamedTuple):
-    """Native code for what stands between the matrix products of a fractal layer, in dtype: convolutions with SiLU,
-    norms for each type that z comes in, and the gate over a norm."""
-
-    dtype: torch.dtype
-    taps: NativeCode
-    norm: dict[torch.dtype, NativeCode]
-    gate: NativeCode
-
-
-def fractal_code(device, dtype, elements, W):
-    """FractalCode for convolutions of W taps over so many elements, or None where torch's operations are to run."""
-    taps = native_code(TAPS, device, dtype, elements, W, silu=True)
-    norm = {f: native_code(NORM, device, f, elements) for f in {dtype, torch.float32}}
-    gate = native_code(GATED_NORM, device, dtype, elements)
-    return None if None in (taps, gate, *norm.values()) else FractalCode(dtype, taps, norm, gate)
+    code = [_native(kernel, device, dtype, elements * CONV_WORK, n, **options) for kernel in kernels]
+    return None if None in code else NativeCode(dtype, *code)
 
 
 # ---------------------------------------------------------------- Triton

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
+from cpu import eager_cpu, product_type
 from kernels import scan_step
-from model import GPT, GPTConfig, RMSNorm, eager_cpu, map_state, product_type, rotary_table, rotate
+from model import GPT, GPTConfig, RMSNorm, map_state, rotary_table, rotate
 from prepare import DataError, Tokenizer, publish, temporary_file, text_chunks
 
 CHECKPOINT_FORMAT = 1

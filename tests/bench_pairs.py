@@ -5,8 +5,8 @@ other, so that what the machine does besides slows both: the ratio of their time
 not. One runs this code, the other differs in what is given:
   --against COMMIT  its code is that commit's
   --flags FLAGS     flags of train.py that only the other gets, as in "--compile layers"
-  --change CODE     Python that only the other runs before its model is made, with kernels, model and train imported, as
-                    in "model.onednn_is_faster = lambda: False"
+  --change CODE     Python that only the other runs before its model is made, with train.py and all that it imports at
+                    hand, as in "cpu.onednn_is_faster = lambda: False"
 KEYS are flags of train.py for both: --config recipes/shakespeare_87.json, or --n_embd 256 and so on.
 """
 
@@ -33,11 +33,9 @@ def worker(pipe, root, flags, change):
     os.chdir(root)
     sys.path.insert(0, str(root))
     with contextlib.redirect_stdout(io.StringIO()):
-        import kernels
-        import model
         import train
 
-        exec(change, {"kernels": kernels, "model": model, "train": train})
+        exec(change, {**sys.modules})
         settings = train.load_config(flags)
         train.keep_freed_memory()
         run = train.Run(settings, train.choose_device(settings.device), 0, 1)

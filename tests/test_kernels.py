@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import cpu
 import kernels
 from kernels import (
     causal_conv1d,
@@ -324,10 +325,10 @@ def test_native_code_of_another_form(native):
         assert_as_near_as_the_oracle(causal_conv1d, causal_conv1d_oracle, x, dict(return_final_state=True), 2e-6)
 
 
-@pytest.mark.parametrize("kernel", [kernels.CHUNK_FWD, kernels.CHUNK_BWD, *kernels.TAPS, *kernels.NORM,
-                                    *kernels.STREAM_NORM, *kernels.ADD_NORM, *kernels.HEAD_NORM,
-                                    *kernels.GATED_NORM, *kernels.SQUARE, *kernels.SOFTMAX, kernels.ROTATE,
-                                    kernels.WEIGH_ROWS])
+@pytest.mark.parametrize("kernel", [kernels.CHUNK_FWD, kernels.CHUNK_BWD, *kernels.TAPS, *cpu.NORM,
+                                    *cpu.STREAM_NORM, *cpu.ADD_NORM, *cpu.HEAD_NORM,
+                                    *cpu.GATED_NORM, *cpu.SQUARE, *cpu.SOFTMAX, *cpu.ROTATE,
+                                    *cpu.WEIGH_ROWS])
 def test_examples_have_no_number_twice(kernel):
     """Batch, length, width, number of states, and distances between rows that are free: the native code would take two
     equal ones for the same number for ever."""
@@ -363,7 +364,7 @@ def test_native_code_is_made_once_a_machine(tmp_path, monkeypatch):
     def run():
         z, inverse, eps = torch.randn(2, 3, 10, 1, 16), torch.rand(3), torch.rand(3)
         y, expected, r = torch.empty_like(z), torch.empty_like(z), torch.empty(2, 3, 10)
-        function, letters = kernels.NORM[0]
+        function, letters = cpu.NORM[0]
         with torch.device("meta"):  # what others set for their own tensors
             code = compiled(function, letters.replace("~", ""), 0)
         code([z, inverse, eps, y, r])
@@ -399,7 +400,7 @@ def test_native_code_is_made_by_one_thread_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(kernels, "_inductor_code", watched)
     with ThreadPoolExecutor(2) as pool:
-        assert all(pool.map(lambda kernel: kernels._compiled.__wrapped__(*kernel, 0), kernels.SQUARE))
+        assert all(pool.map(lambda kernel: kernels._compiled.__wrapped__(*kernel, 0), cpu.SQUARE))
     assert most == [1, 1]
 
 

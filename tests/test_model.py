@@ -16,14 +16,12 @@ from pydantic import ValidationError
 
 import kernels
 import sample
+from cpu import NativeAttention, NativeStreamNorm, NativeUnits
 from model import (
     GPT,
     FeedForward,
     GPTConfig,
     LinearCrossEntropy,
-    NativeAttention,
-    NativeStreamNorm,
-    NativeUnits,
     NGramEmbedding,
     RMSNorm,
     add_norm,
@@ -457,7 +455,7 @@ def test_products_by_onednn_are_those_of_float64(monkeypatch, bias):
     monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *args: convolutions.append(args) or conv2d(*args))
 
     def run(model, by_onednn):
-        monkeypatch.setattr("model.onednn_is_faster", lambda: by_onednn)
+        monkeypatch.setattr("cpu.onednn_is_faster", lambda: by_onednn)
         _, loss, _ = model(idx[:, :-1], idx[:, 1:])
         return [loss, *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]
 
