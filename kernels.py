@@ -575,6 +575,7 @@ def _compiled(function, letters, n, **options):
         # to a CUDA toolkit without a GPU it has a line to say, in the middle of a run on a CPU
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         from torch._inductor import config
+        from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         sources = [Path(source).read_bytes() for source in (__file__, function.__code__.co_filename)]
@@ -584,6 +585,7 @@ def _compiled(function, letters, n, **options):
         with COMPILING, config.patch(CODE):
             with contextlib.suppress(Exception):  # none yet, or a damaged one
                 return _imported(path)
+            get_cpp_compiler()  # where there is none, not after seconds of tracing each function
             path.parent.mkdir(exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
             part.write_text(_inductor_code(function, letters, n, options), encoding="utf-8")

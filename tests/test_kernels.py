@@ -423,6 +423,15 @@ def test_without_a_compiler_the_plain_form_runs():
     assert lowerings == usual  # other people's code is not compiled with our polynomials
 
 
+def test_that_there_is_no_compiler_shows_before_a_function_is_traced():
+    def traced(x):
+        raise AssertionError("it was traced")
+
+    from torch._inductor import config
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.warns(UserWarning, match="no-such-compiler"):
+        assert kernels._compiled(traced, "cv", 1) is None
+
+
 # -- exact derivatives
 
 def test_scan_gradcheck():
