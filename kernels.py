@@ -592,9 +592,13 @@ def _compiled(function, letters, n, **options):
             part.replace(path)
             return _imported(path)
     except Exception as error:  # whatever a compiler can do wrong
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"kernels: no native code for this CPU, the slower plain form runs ({reason})", stacklevel=2)
+        _runs_plain(f"{type(error).__name__}: {error}".splitlines()[0])
         return None
+
+
+@functools.cache  # warnings forget what they said whenever a compiler is looked for on the PATH
+def _runs_plain(reason):
+    warnings.warn(f"kernels: no native code for this CPU, the slower plain form runs ({reason})", stacklevel=3)
 
 
 def _imported(path):

@@ -423,13 +423,14 @@ def test_without_a_compiler_the_plain_form_runs():
     assert lowerings == usual  # other people's code is not compiled with our polynomials
 
 
-def test_that_there_is_no_compiler_shows_before_a_function_is_traced():
+def test_that_there_is_no_compiler_is_said_once_and_before_a_function_is_traced():
     def traced(x):
         raise AssertionError("it was traced")
 
     from torch._inductor import config
-    with config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.warns(UserWarning, match="no-such-compiler"):
-        assert kernels._compiled(traced, "cv", 1) is None
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.warns(UserWarning) as said:
+        assert [kernels._compiled(traced, "cv", n) for n in (1, 2)] == [None, None]
+    assert len(said) == 1 and "no-such-compiler" in str(said[0].message)
 
 
 # -- exact derivatives
