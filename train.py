@@ -633,8 +633,7 @@ class Run:
     def __init__(self, settings: Settings, device: torch.device, rank: int, world_size: int):
         self.settings, self.config = settings, settings.config
         self.device, self.rank, self.world_size = device, rank, world_size
-        self.say = tqdm.write if rank == 0 else lambda *_: None
-        self.folder = Path(settings.checkpoint_dir)
+        self.folder, self.stopping = Path(settings.checkpoint_dir), False
         self.carries = self.config.sequential and self.config.carry_state
         self.sharded = settings.fsdp and world_size > 1
         if self.sharded and self.config.dtype == "float16":
@@ -657,7 +656,17 @@ class Run:
         torch.manual_seed(settings.seed + 1 + rank)
         if settings.init_from == "resume":
             self.restore(checkpoint)
-        self.stopping = False
+
+    def say(self, text, write=tqdm.write):
+        """Process 0 speaks. If nobody can hear it any more, as Ctrl-C ends tee too, the run saves, ends and says so on
+        stderr."""
+        try:
+            if self.rank == 0:
+                write(text)
+                sys.stdout.flush()
+        except OSError:
+            self.stopping = True
+            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def load_data(self):
         config, folder, dataset = self.config, self.folder.resolve(), Path(self.settings.dataset).resolve()
@@ -1017,7 +1026,7 @@ class Run:
                     raise RunError(f"loss or gradients were not finite in {bad_steps} steps in a row, up to step "
                                    f"{self.step}; lower learning_rate and start from a checkpoint in {self.folder}/, "
                                    "from an older one if the newest does the same")
-                bar.update()
+                self.say(1, bar.update)
                 last = self.step == self.max_iters
                 if self.step % LOG_EVERY == 0 or last:
                     speed = len(losses) * self.tokens_per_step / (time.monotonic() - clock)

@@ -921,6 +921,26 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(folder, number):
     assert train.load_checkpoint(folder / f"checkpoints/checkpoint_step_{step:06d}.pt")["step"] == step
 
 
+def test_a_run_that_nobody_listens_to_saves_and_ends(folder, monkeypatch):
+    """Ctrl-C ends tee as well, and the bar and the losses of a `train.py | tee log` come to a closed pipe."""
+    process = command("--max_iters", 100000, "--eval_interval", 1, "--checkpoint_interval", 100000)
+    while "step 1: val_loss" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    step = int(re.search(r"stopped at step (\d+) of 100000, saved in checkpoints/", process.stderr.read())[1])
+    assert (folder / f"checkpoints/checkpoint_step_{step:06d}.pt").exists()
+
+    def closed(*_):
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.tqdm, "update", closed)
+        patch.setattr(os, "dup2", lambda *_: None)
+        run("--max_iters", 3)
+    assert (folder / "checkpoints/checkpoint_step_000001.pt").exists()
+
+
 @pytest.fixture
 def signalled(monkeypatch):
     """signalled(n): step n, counted from 1, gets a signal"""
