@@ -35,7 +35,18 @@ from tqdm import tqdm
 import kernels
 from cpu import eager_cpu, product_type
 from kernels import scan_step
-from model import GPT, GPTConfig, RMSNorm, map_state, rotary_table, rotate
+from model import (
+    GPT,
+    FeedForward,
+    FractalBlock,
+    GPTConfig,
+    MambaBlock,
+    MultiHeadAttention,
+    RMSNorm,
+    map_state,
+    rotary_table,
+    rotate,
+)
 from prepare import DataError, Tokenizer, publish, temporary_file, text_chunks
 
 CHECKPOINT_FORMAT = 1
@@ -263,21 +274,27 @@ def decode_by_forward(mixer, state):
     return step
 
 
-DECODERS = {"standard": decode_attention, "mamba": decode_mamba, "fractal": decode_fractal}
+DECODERS = {MultiHeadAttention: decode_attention, MambaBlock: decode_mamba, FractalBlock: decode_fractal}
+
+
+def decode_feed_forward(ffn):
+    if type(ffn) is not FeedForward:
+        return lambda x: ffn(x[:, None])[:, 0]
+    up, down = (product(linear.weight, linear.bias) for linear in (ffn.c_fc, ffn.c_proj))
+    return lambda x: down(ffn.activate(up(x)))
 
 
 def decode_block(block, state):
-    mixer = DECODERS.get(block.kind, decode_by_forward)(block.mixer, state)
+    mixer = DECODERS.get(type(block.mixer), decode_by_forward)(block.mixer, state)
     resize = None if block.resize is None else product(block.resize.weight)
     norm_1, norm_2 = map(normalisation, (block.ln_1, block.ln_2))
-    if block.ffn is not None:
-        up, down = (product(linear.weight, linear.bias) for linear in (block.ffn.c_fc, block.ffn.c_proj))
+    ffn = None if block.ffn is None else decode_feed_forward(block.ffn)
 
     def step(x, skip):
         x = x if resize is None else resize(x).to(x.dtype)
         x = x if skip is None else x + skip
         x = x + mixer(norm_1(x))
-        return x if block.ffn is None else x + down(block.ffn.activate(up(norm_2(x))))
+        return x if ffn is None else x + ffn(norm_2(x))
     return step
 
 

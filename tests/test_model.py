@@ -208,6 +208,24 @@ def test_a_mixer_without_a_decoder_goes_by_its_forward(monkeypatch):
         decoder(model, model.encode(idx)[1])  # of some of the layers
 
 
+@torch.no_grad()
+def test_layers_derived_from_ours_are_decoded_by_their_forward():
+    def halved(layer):
+        def forward(self, x, *past):
+            y = ours.forward(self, x, *past)
+            return y / 2 if len(past) == 0 else (y[0] / 2, y[1])
+        ours = type(layer)
+        layer.__class__ = type("Halved", (ours,), {"forward": forward})
+
+    for kind in MIXERS:
+        model, idx = make(kind).eval(), torch.randint(V, (2, 12))
+        for block in model.h:
+            halved(block.mixer)
+            halved(block.ffn)
+        step = decoder(model, model(idx[:, :3])[2])
+        close(torch.stack([step(idx[:, t:t + 1]) for t in range(3, 12)], 1), model(idx)[0][:, 3:])
+
+
 @pytest.mark.parametrize("kind", MIXERS)
 def test_row_with_resets_equals_its_documents(kind):
     model = make(kind).eval()
