@@ -194,7 +194,7 @@ def make_norm(config: GPTConfig, C: int) -> nn.Module:
 
 def add_norm(norm, x, y=None):
     """x + y (B, T, C), or x alone, and its norm"""
-    if isinstance(norm, RMSNorm) and (both := add_rms_norm(x, y, norm.weight, norm.eps)):
+    if type(norm) is RMSNorm and (both := add_rms_norm(x, y, norm.weight, norm.eps)):
         return both
     x = x if y is None else x + y
     return x, norm(x)

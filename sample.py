@@ -130,7 +130,7 @@ def product(weight, bias=None):
 
 def normalisation(norm):
     """norm, which may be None, on a CPU with its numbers bound: half of its time goes by around its operations"""
-    if not isinstance(norm, RMSNorm) or not eager_cpu(norm.weight):
+    if type(norm) is not RMSNorm or not eager_cpu(norm.weight):
         return norm
     weight, eps, C = norm.weight, torch.tensor(norm.eps, dtype=norm.weight.dtype), len(norm.weight)
 

@@ -802,6 +802,23 @@ def test_a_sum_and_its_norm_are_their_formula(monkeypatch, two_threads, dtype, t
         assert (actual.double() - reference).norm() <= tolerance * reference.norm()
 
 
+@torch.no_grad()
+def test_norms_of_ones_own_are_called(monkeypatch):
+    """Of any class: one without a weight, and one derived from ours, which native code and decoders know."""
+    class Shifted(RMSNorm):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    monkeypatch.setattr(kernels, "COMPILE", True)
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
+    model, idx = GPT(GPTConfig(vocab_size=V, n_embd=32, n_layer=1, n_head=1)).eval(), torch.randint(V, (2, 9))
+    x = torch.randn(2, 9, 32)
+    for norm in (torch.nn.Tanh(), Shifted(32, 1e-5)):
+        model.ln_f = model.h[0].ln_1 = model.h[0].ln_2 = norm
+        assert torch.equal(add_norm(norm, x)[1], norm(x))
+        close(decoder(model, model(idx[:, :8])[2])(idx[:, 8:]), model(idx)[0][:, 8], 1e-5)
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)])
 def test_squared_relu_keeps_one_tensor_of_its_width(monkeypatch, two_threads, dtype, tolerance, native):
