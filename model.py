@@ -173,6 +173,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def weight_of(linear):
+    """The weight of a linear layer, where it stands for the layer. TypeError for one that does more with its input."""
+    if type(linear).forward not in (Linear.forward, nn.Linear.forward):
+        raise TypeError(f"{type(linear).__name__} in place of Linear: its forward would not be called here, only its "
+                        "weight read; change the weight itself, by torch.nn.utils.parametrize")
+    return linear.weight
+
+
 class RMSNorm(nn.Module):
     """y = x / rms(x) * weight, rms(x) = sqrt(mean(x^2) + eps) over the last dimension (arXiv 1910.07467)."""
 
@@ -381,7 +389,7 @@ class MambaBlock(nn.Module):
         x, conv = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", initial_state=conv,
                                 reset=reset, return_final_state=True)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = linear(dt, self.dt_proj.weight)  # (B, T, d_inner); its bias joins inside the scan, in float32
+        dt = linear(dt, weight_of(self.dt_proj))  # (B, T, d_inner); its bias joins inside the scan, in float32
         y, h = selective_scan(x, dt, -self.A_log.exp(), B, C, self.D, z, self.dt_proj.bias, delta_softplus=True,
                               initial_state=h, reset=reset, return_last_state=True)
         return self.out_proj(y), (conv, h)
@@ -447,7 +455,7 @@ class FractalBlock(nn.Module):
             modules, levels = [self.fractals[k] for k in group], range(c)
             pads = [self.width(group) - self.dims[k] for k in group]
             conv = [F.pad(m.conv[i], (0, 0, 0, p)) for i in levels for m, p in zip(modules, pads)]
-            M = [F.pad(m.M[i].weight, (0, p, 0, p)) for i in levels for m, p in zip(modules, pads)]
+            M = [F.pad(weight_of(m.M[i]), (0, p, 0, p)) for i in levels for m, p in zip(modules, pads)]
             p = torch.stack([m.a for m in modules], dim=1).sigmoid()[:, :, None]
             wide = torch.promote_types(p.dtype, torch.float32)
             inverse_H = torch.stack([m.a.new_full((1,), 1 / self.dims[k], dtype=wide) for k, m in zip(group, modules)])
@@ -463,7 +471,8 @@ class FractalBlock(nn.Module):
 
     def projections(self):
         """W_in (2 sum n H, C) and W_out (C, sum n H) for channels as in_groups has them"""
-        return self.in_groups(self.W_in.weight.unflatten(0, (2, -1))).flatten(0, 1), self.in_groups(self.W_out.weight)
+        W_in, W_out = map(weight_of, (self.W_in, self.W_out))
+        return self.in_groups(W_in.unflatten(0, (2, -1))).flatten(0, 1), self.in_groups(W_out)
 
     def native_code(self, z, state, reset):
         """None where a block is shorter than the taps or holds a boundary, or where gradients reach the state"""
@@ -577,7 +586,8 @@ class FeedForward(nn.Module):
         self.c_proj = Linear(hidden, C, bias=config.bias)
 
     def forward(self, x):
-        if self.activation == "relu2" and self.c_fc.bias is None and eager_cpu(self.c_fc.weight):
+        plain = self.activation == "relu2" and type(self.c_fc) is type(self.c_proj) is Linear
+        if plain and self.c_fc.bias is None and eager_cpu(self.c_fc.weight):
             return relu2_feed_forward(x, self.c_fc.weight, self.c_proj.weight)
         return self.c_proj(self.activate(self.c_fc(x)))
 
@@ -834,7 +844,7 @@ class GPT(nn.Module):
             x = x[:, -1:]
         _, x = add_norm(self.ln_f, x)
         logits = self.lm_head(x) if targets is None or return_logits else None
-        loss = None if targets is None else cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        loss = None if targets is None else cross_entropy(x.flatten(0, 1), weight_of(self.lm_head), targets.flatten())
         return logits, loss, state
 
     def encode(self, idx, state=None, reset=None):

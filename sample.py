@@ -46,6 +46,7 @@ from model import (
     map_state,
     rotary_table,
     rotate,
+    weight_of,
 )
 from prepare import DataError, Tokenizer, publish, temporary_file, text_chunks
 
@@ -128,6 +129,10 @@ def product(weight, bias=None):
     return lambda x: torch.addmm(bias, x.to(dtype), weight)
 
 
+def bound(linear):
+    return product(weight_of(linear), linear.bias)
+
+
 def normalisation(norm):
     """norm, which may be None, on a CPU with its numbers bound: half of its time goes by around its operations"""
     if type(norm) is not RMSNorm or not eager_cpu(norm.weight):
@@ -145,7 +150,7 @@ def decode_attention(mixer, state):
     the newest move to its beginning, and keys are turned back by as much."""
     past_k, past_v, valid = state  # (B, nh, W-1, hs) twice, (B, W-1)
     (B, nh, kept, hs), W, room = past_k.shape, mixer.window, 2 * mixer.window
-    c_attn, c_proj = (product(linear.weight, linear.bias) for linear in (mixer.c_attn, mixer.c_proj))
+    c_attn, c_proj = map(bound, (mixer.c_attn, mixer.c_proj))
     weight = mixer.c_attn.weight
     k, v = past_k.new_zeros(2, B, nh, room, hs, dtype=product_type(weight))
     cos, sin = rotary_table(room + 1, hs, weight.dtype, weight.device)
@@ -199,8 +204,8 @@ def decode_convolution(weight, bias, past):
 
 def decode_mamba(mixer, state):
     conv, h = state  # (B, W-1, d_inner), (B, d_inner, N)
-    in_proj, x_proj, dt_proj, out_proj = (
-        product(linear.weight) for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj))
+    in_proj, x_proj, out_proj = map(bound, (mixer.in_proj, mixer.x_proj, mixer.out_proj))
+    dt_proj = product(weight_of(mixer.dt_proj))
     taps = mixer.conv1d.weight.permute(2, 1, 0)  # (W, 1, d_inner)
     convolution = decode_convolution(taps, mixer.conv1d.bias, conv.transpose(0, 1))
     A, h = (x.mT.clone(memory_format=torch.contiguous_format).mT for x in (-mixer.A_log.exp(), h))
@@ -280,13 +285,13 @@ DECODERS = {MultiHeadAttention: decode_attention, MambaBlock: decode_mamba, Frac
 def decode_feed_forward(ffn):
     if type(ffn) is not FeedForward:
         return lambda x: ffn(x[:, None])[:, 0]
-    up, down = (product(linear.weight, linear.bias) for linear in (ffn.c_fc, ffn.c_proj))
+    up, down = map(bound, (ffn.c_fc, ffn.c_proj))
     return lambda x: down(ffn.activate(up(x)))
 
 
 def decode_block(block, state):
     mixer = DECODERS.get(type(block.mixer), decode_by_forward)(block.mixer, state)
-    resize = None if block.resize is None else product(block.resize.weight)
+    resize = None if block.resize is None else bound(block.resize)
     norm_1, norm_2 = map(normalisation, (block.ln_1, block.ln_2))
     ffn = None if block.ffn is None else decode_feed_forward(block.ffn)
 
@@ -304,14 +309,14 @@ def decoder(model: GPT, state: dict):
     state: the model's forward, token by token, in half of the time or less. For a model in eval mode; when its weights
     have changed, make another. The logits are inference tensors: clone them to change them in place."""
     blocks = [decode_block(block, s) for block, s in zip(model.h, state["layers"], strict=True)]
-    head, norm, n_layer = product(model.lm_head.weight), normalisation(model.ln_f), len(blocks)
-    skips = {int(i): product(linear.weight) for i, linear in model.skip.items()}
+    embed, head, norm, n_layer = model.wte.forward, bound(model.lm_head), normalisation(model.ln_f), len(blocks)
+    skips = {int(i): bound(linear) for i, linear in model.skip.items()}
     ngrams, pos = (map_state(torch.clone, state.get(key)) for key in ("ngrams", "pos"))
 
     @torch.inference_mode()
     def step(token):
         nonlocal ngrams
-        x, outputs = F.embedding(token[:, 0], model.wte.weight), []
+        x, outputs = embed(token[:, 0]), []
         if pos is not None:
             x = x + model.wpe(pos)
             pos.add_(1)

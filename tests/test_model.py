@@ -1,6 +1,7 @@
 """The laws of DESIGN: whole == chunked == token by token, a row with resets == its documents alone, no future leaks;
 and the reference models of transformers, weights mapped one to one."""
 
+import contextlib
 import copy
 import itertools
 import math
@@ -13,6 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch.nn.utils import parametrize
 
 import kernels
 import sample
@@ -224,6 +226,29 @@ def test_layers_derived_from_ours_are_decoded_by_their_forward():
             halved(block.ffn)
         step = decoder(model, model(idx[:, :3])[2])
         close(torch.stack([step(idx[:, t:t + 1]) for t in range(3, 12)], 1), model(idx)[0][:, 3:])
+
+
+@torch.no_grad()
+def test_a_linear_that_does_more_is_called_or_refused():
+    """Where its weight alone would be read, as by decoders; what changes the weight itself is seen everywhere."""
+    model, idx = make("hybrid").eval(), torch.randint(V, (2, 8))
+    double = torch.nn.Module()
+    double.forward = lambda weight: 2 * weight
+    for linear in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
+        ours, loss = type(linear), None
+        linear.__class__ = type("Adapted", (ours,), {"forward": lambda self, x, ours=ours: 2 * ours.forward(self, x)})
+        with contextlib.suppress(TypeError):
+            loss = model(idx, idx)[1]
+        with pytest.raises(TypeError, match="Adapted in place of Linear"):
+            decoder(model, model.initial_state(2))
+        linear.__class__ = ours
+        parametrize.register_parametrization(linear, "weight", double)
+        logits, expected, _ = model(idx, idx, return_logits=True)
+        close(expected if loss is None else loss, expected)
+        close(decoder(model, model(idx[:, :7])[2])(idx[:, 7:]), logits[:, 7])
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+    model.wte.__class__ = type("Scaled", (torch.nn.Embedding,), {"forward": lambda self, idx: 3 * self.weight[idx]})
+    close(decoder(model, model(idx[:, :7])[2])(idx[:, 7:]), model(idx)[0][:, 7])
 
 
 @pytest.mark.parametrize("kind", MIXERS)
