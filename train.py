@@ -758,6 +758,7 @@ class Run:
                 p.requires_grad_(p.requires_grad and p.numel() > 0)
             self.step_model = DDP(self.step_model, device_ids=[self.device] if self.device.type == "cuda" else None)
         self.optimizers = make_optimizers(self.model, config, self.device)
+        self.highest_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.say(f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}, {how}: {self.max_iters} steps of "
                  f"{self.tokens_per_step:,} tokens")
 
@@ -956,9 +957,9 @@ class Run:
         """One optimizer step over gradient_accumulation_steps batches; returns loss, learning rate, gradient norm. The
         loss is the mean over all targets of all processes. A step whose loss or gradients are not finite is skipped."""
         share = schedule_at(self.step, self.config, self.max_iters)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = share * optimizer.defaults["lr"]
+        for optimizer, rates in zip(self.optimizers, self.highest_rates):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = share * rate
             optimizer.zero_grad(set_to_none=True)
         batches = [to_device(self.loader.next_batch(), self.device, fresh=self.state is None)
                    for _ in range(self.config.gradient_accumulation_steps)]

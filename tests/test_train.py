@@ -406,6 +406,19 @@ def test_validation_losses_cover_the_split_once(folder):
         assert found["val_loss_reset"] == pytest.approx(expected, abs=2e-5)
 
 
+def test_groups_keep_learning_rates_of_their_own(folder, monkeypatch):
+    def make(model, config, device):
+        layers = {"params": list(model.h.parameters()), "lr": 3e-3}
+        return [torch.optim.AdamW([layers, {"params": list(model.wte.parameters())}], lr=config.learning_rate)]
+
+    monkeypatch.setattr(train, "make_optimizers", make)
+    keys = ("--learning_rate", 4e-2, "--min_lr", 4e-2, "--warmup_iters", 4)
+    for steps, share, how in ((2, 0.5, "scratch"), (6, 1, "resume")):
+        this = run(*keys, "--max_iters", steps, "--init_from", how)
+        rates = [group["lr"] for group in this.optimizers[0].param_groups]
+        assert rates == pytest.approx([share * 3e-3, share * 4e-2])
+
+
 def test_a_new_run_never_writes_over_another(folder, capsys):
     run("--max_iters", 2)
     first = (folder / "checkpoints/best_model.pt").read_bytes()
