@@ -819,7 +819,8 @@ class Run:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(saved)
             for p, state in optimizer.state.items():
-                state.update({key: share_like(p, t) for key, t in state.items() if key != "step"})
+                alike = {key: t for key, t in state.items() if getattr(t, "shape", None) == p.shape}
+                state.update({key: share_like(p, t) for key, t in alike.items()})
         if checkpoint["scaler"]:  # another type may have had none
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.loader.load_state_dict(checkpoint["loader"])

@@ -419,6 +419,16 @@ def test_groups_keep_learning_rates_of_their_own(folder, monkeypatch):
         assert rates == pytest.approx([share * 3e-3, share * 4e-2])
 
 
+def test_what_an_optimizer_counts_is_not_shared_out(folder, monkeypatch):
+    """FSDP cannot cut a number in parts, and NAdam keeps two for each parameter."""
+    monkeypatch.setattr(train, "make_optimizers", lambda model, *_: [torch.optim.NAdam(model.parameters())])
+    monkeypatch.setattr(train, "share_like", lambda p, t: shared.append((p.shape, t.shape)) or t)
+    shared = []
+    run("--max_iters", 1)
+    run("--max_iters", 1, "--init_from", "resume")
+    assert shared and all(p == t for p, t in shared)
+
+
 def test_a_new_run_never_writes_over_another(folder, capsys):
     run("--max_iters", 2)
     first = (folder / "checkpoints/best_model.pt").read_bytes()
