@@ -727,7 +727,7 @@ class Run:
             if theirs["position"] == "learned" and config.block_size > theirs["block_size"]:
                 raise RunError(f"block_size: {config.block_size}, but {settings.init_from} has "
                                f"{theirs['block_size']} positions")
-            if changed := [key for key in self.model_args if self.model_args[key] != theirs[key]]:
+            if changed := [key for key, own in self.model_args.items() if own != theirs[key] and key != "block_size"]:
                 self.say(f"note: the model is the checkpoint's; the configuration differs in: {', '.join(changed)}")
             self.model_args = theirs
         torch.manual_seed(settings.seed)

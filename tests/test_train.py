@@ -451,6 +451,8 @@ def test_a_run_from_a_checkpoint_keeps_its_model_and_sets_its_own_noise(folder, 
     assert this.model.ngrams.dropout == 0.2
     note, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note:"))
     assert note.endswith("differs in: ngram_orders")
+    common = "--max_iters", 1, "--init_from", folder / "checkpoints/run_001/best_model.pt", "--ngram_orders", "2"
+    assert run(*common, "--block_size", 8, "--window", 16).tokens == 2 * 8 and "note" not in capsys.readouterr().out
 
 
 def test_a_run_from_gpt2(folder, capsys, gpt2_cache):
