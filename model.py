@@ -310,6 +310,8 @@ class MultiHeadAttention(nn.Module):
     def native_code(self, qkv, S, state):
         """None where gradients reach the state, and where there are too many weights to keep them all"""
         _, _, T, hs = qkv.shape
+        if not {type(self.q_norm), type(self.k_norm)} <= {RMSNorm, type(None)}:
+            return None
         if not eager_cpu(self.c_attn.weight) or T > 512 or S > 1024 or hs % (2 * VECTOR):
             return None
         if (self.dropout and self.training) or (state is not None and any(past.requires_grad for past in state)):

@@ -842,6 +842,9 @@ def test_norms_of_ones_own_are_called(monkeypatch):
         model.ln_f = model.h[0].ln_1 = model.h[0].ln_2 = norm
         assert torch.equal(add_norm(norm, x)[1], norm(x))
         close(decoder(model, model(idx[:, :8])[2])(idx[:, 8:]), model(idx)[0][:, 8], 1e-5)
+    mixer = model.h[0].mixer
+    mixer.q_norm = mixer.k_norm = Shifted(32, 1e-5)
+    close(mixer(x, None, None)[0], copy.deepcopy(mixer).double()(x.double(), None, None)[0], 1e-5)
 
 
 @pytest.mark.parametrize("native", [False, True])
