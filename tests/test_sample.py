@@ -300,6 +300,14 @@ def test_several_samples(capsys, speller):
     out = run(capsys, "--model_path", speller, "--num_samples", 2, "--stop", " ").out
     assert out == "--- sample 1 of 2\nabéc☃\n--- sample 2 of 2\nabéc☃\n"
 
+    flags = ["--num_samples", 3, "--temperature", 30, "--max_new_tokens", 200, "--seed", 0]
+    out = run(capsys, "--model_path", speller, *flags).out
+    model, generator = load_model(speller, torch.device("cpu"))[0], torch.Generator().manual_seed(0)
+    rows = tokens_of(model, torch.tensor([[EOT]]), 200, 30.0, generator=generator, num_samples=3)
+    texts = [bytes(row[:row.index(EOT)] if EOT in row else row).decode("utf-8", "replace") for row in rows]
+    assert len(set(map(len, texts))) > 1  # each ends where it ends
+    assert out == "".join(f"--- sample {i} of 3\n{text}\n" for i, text in enumerate(texts, 1))
+
 
 def test_seed(capsys, hybrid):
     draws = [run(capsys, "--model_path", hybrid, "--max_new_tokens", 20, *seed).out
@@ -427,14 +435,15 @@ def test_fractal_levels(capsys, hybrid, speller, tmp_path):
     data = np.random.default_rng(0).bytes(600)
     (tmp_path / "f").write_bytes(data)
     model, _ = load_model(hybrid, "cpu")
-    scores = []
+    scores, texts = [], []
     for levels in (1, 2, None):
         model.set_fractal_levels(levels)
         scores.append(nats_from_scratch(model, list(data)) / 600)
         flags = [] if levels is None else ["--fractal_levels", levels]
         got = score_of(capsys, "--model_path", hybrid, "--score", tmp_path / "f", *flags)
         assert got["nats/token"] == pytest.approx(scores[-1], rel=2e-6)
-    assert scores[0] != scores[1]
+        texts.append(run(capsys, "--model_path", hybrid, "--seed", 0, *flags).out)
+    assert scores[0] != scores[1] and texts[0] != texts[1]
     assert "fractal" in error_of(capsys, "--model_path", speller, "--fractal_levels", 1)
 
 
