@@ -486,6 +486,7 @@ def test_layer_table_counts_every_parameter_once(kind):
     for dtype in (torch.bfloat16, torch.float64):
         sizes = [int(line.split()[-1].replace(",", "")) for line in model.layer_table(dtype).splitlines()[1:-2]]
         assert sizes == [sum(t.nbytes for t in state) for state in model.initial_state(1, dtype)["layers"]]
+    assert [i for i, line in enumerate(table[1:]) if "(bottleneck)" in line] == [model.bottleneck]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -721,7 +722,7 @@ def test_rotary_positions_are_products_of_complex_numbers(shape, dtype, toleranc
 def test_ngram_rows_are_a_function_of_the_documents_last_n_tokens():
     """With as good as no collisions, two positions share a row exactly where they share their last n tokens."""
     orders, rows = [2, 3, 5], 2**40
-    ngrams = NGramEmbedding(GPTConfig(n_embd=2, ngram_orders=orders, ngram_rows=8))
+    ngrams = NGramEmbedding(GPTConfig(n_embd=2, ngram_orders=[5, 2, 3, 2], ngram_rows=8))
     ngrams.rows, found = rows, []
     ngrams.table.forward = lambda index, **_: found.append(index) or torch.zeros(len(index))
     gen = torch.Generator().manual_seed(0)
@@ -770,6 +771,12 @@ def test_token_noise_replaces_by_the_texts_own_tokens():
     idx = torch.randint(30, (4, 16))
     assert not torch.equal(model.train()(idx)[0], plain.train()(idx)[0])
     assert torch.equal(model.eval()(idx)[0], plain.eval()(idx)[0])
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_norm_eps_is_that_of_every_norm(norm):
+    model = make("n-grams", norm=norm, norm_eps=0.25)
+    assert {module.eps for module in model.modules() if hasattr(module, "eps")} == {0.25}
 
 
 def test_rms_norm_is_its_formula():
@@ -968,12 +975,12 @@ def test_attention_drops_weights_in_training_alone():
 
 def test_initial_weights_are_those_of_the_table():
     keys = dict(vocab_size=999, n_embd=[256, 128, 128], attention_type=["mamba", "fractal", "standard"],
-                fractal_dim_range=[64, 64], fractal_depth_range=[2, 2])
+                fractal_dim_range=[64, 64], fractal_depth_range=[2, 2], ngram_orders=[2])
     torch.manual_seed(0)
     model = GPT(GPTConfig(**keys))
     mamba, fractal, attention = (block.mixer for block in model.h)
     small = 0.02 / math.sqrt(6)
-    for weight, std in ((model.wte.weight, 0.02), (attention.c_attn.weight, 0.02), (attention.c_proj.weight, small),
+    for weight, std in ((model.wte.weight, 0.02), (model.lm_head.weight, 0.02), (attention.c_attn.weight, 0.02), (attention.c_proj.weight, small),
                         (model.h[0].ffn.c_proj.weight, small), (fractal.W_out.weight, small),
                         (model.h[1].resize.weight, 1 / 16), (fractal.W_in.weight, 128**-0.5),
                         (fractal.fractals[0].M[1].weight, math.sqrt(2.8 / 64)),
@@ -982,11 +989,13 @@ def test_initial_weights_are_those_of_the_table():
         assert weight.std().item() == pytest.approx(std, rel=0.06)
     dt = torch.nn.functional.softplus(mamba.dt_proj.bias)
     assert 0.00099 < dt.min() < 0.002 and 0.05 < dt.max() < 0.101
+    torch.testing.assert_close(mamba.A_log.exp(), torch.arange(1.0, 17).expand(512, 16))
+    assert mamba.D.eq(1).all() and not any(m.a.any() for m in fractal.fractals)
     still = GPT(GPTConfig(**keys | dict(zero_init=True, n_embd=128)))
     still.h[0].mixer.out_proj = torch.nn.Linear(256, 128)  # as a mixer of one's own may have it
     still.init_weights()
     idx = torch.randint(999, (2, 9))
-    assert torch.equal(still.trunk(idx)[0], still.wte(idx))
+    assert torch.equal(still.trunk(idx)[0], still.wte(idx)) and still.lm_head.weight is still.wte.weight
 
 
 def test_a_model_made_without_memory_is_its_weights():
