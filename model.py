@@ -173,9 +173,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def is_plain(linear) -> bool:
+    """Whether a linear layer does with its weight and bias what nn.Linear does"""
+    return type(linear).forward in (Linear.forward, nn.Linear.forward)
+
+
 def weight_of(linear):
     """The weight of a linear layer, where it stands for the layer. TypeError for one that does more with its input."""
-    if type(linear).forward not in (Linear.forward, nn.Linear.forward):
+    if not is_plain(linear):
         raise TypeError(f"{type(linear).__name__} in place of Linear: its forward would not be called here, only its "
                         "weight read; change the weight itself, by torch.nn.utils.parametrize")
     return linear.weight
@@ -588,7 +593,7 @@ class FeedForward(nn.Module):
         self.c_proj = Linear(hidden, C, bias=config.bias)
 
     def forward(self, x):
-        plain = self.activation == "relu2" and type(self.c_fc) is type(self.c_proj) is Linear
+        plain = self.activation == "relu2" and is_plain(self.c_fc) and is_plain(self.c_proj)
         if plain and self.c_fc.bias is None and eager_cpu(self.c_fc.weight):
             return relu2_feed_forward(x, self.c_fc.weight, self.c_proj.weight)
         return self.c_proj(self.activate(self.c_fc(x)))

@@ -43,6 +43,7 @@ from model import (
     MambaBlock,
     MultiHeadAttention,
     RMSNorm,
+    is_plain,
     map_state,
     rotary_table,
     rotate,
@@ -130,7 +131,8 @@ def product(weight, bias=None):
 
 
 def bound(linear):
-    return product(weight_of(linear), linear.bias)
+    """A linear layer with its weight and bias bound; one that does more as it is"""
+    return product(linear.weight, linear.bias) if is_plain(linear) else linear
 
 
 def normalisation(norm):

@@ -230,23 +230,26 @@ def test_layers_derived_from_ours_are_decoded_by_their_forward():
 
 @torch.no_grad()
 def test_a_linear_that_does_more_is_called_or_refused():
-    """Where its weight alone would be read, as by decoders; what changes the weight itself is seen everywhere."""
+    """Where its weight alone would be read it is refused; what changes the weight itself is seen everywhere."""
     model, idx = make("hybrid").eval(), torch.randint(V, (2, 8))
-    double = torch.nn.Module()
+    double, called = torch.nn.Module(), 0
     double.forward = lambda weight: 2 * weight
     for linear in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
         ours, loss = type(linear), None
         linear.__class__ = type("Adapted", (ours,), {"forward": lambda self, x, ours=ours: 2 * ours.forward(self, x)})
         with contextlib.suppress(TypeError):
             loss = model(idx, idx)[1]
-        with pytest.raises(TypeError, match="Adapted in place of Linear"):
-            decoder(model, model.initial_state(2))
+        with contextlib.nullcontext() if loss is not None or linear is model.lm_head else pytest.raises(
+                TypeError, match="Adapted in place of Linear"):
+            step, called = decoder(model, model.initial_state(2)), called + 1
+            close(torch.stack([step(idx[:, t:t + 1]) for t in range(8)], 1), model(idx)[0])
         linear.__class__ = ours
         parametrize.register_parametrization(linear, "weight", double)
         logits, expected, _ = model(idx, idx, return_logits=True)
         close(expected if loss is None else loss, expected)
         close(decoder(model, model(idx[:, :7])[2])(idx[:, 7:]), logits[:, 7])
         parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+    assert called > 8
     model.wte.__class__ = type("Scaled", (torch.nn.Embedding,), {"forward": lambda self, idx: 3 * self.weight[idx]})
     close(decoder(model, model(idx[:, :7])[2])(idx[:, 7:]), model(idx)[0][:, 7])
 
@@ -980,8 +983,9 @@ def test_initial_weights_are_those_of_the_table():
     model = GPT(GPTConfig(**keys))
     mamba, fractal, attention = (block.mixer for block in model.h)
     small = 0.02 / math.sqrt(6)
-    for weight, std in ((model.wte.weight, 0.02), (model.lm_head.weight, 0.02), (attention.c_attn.weight, 0.02), (attention.c_proj.weight, small),
-                        (model.h[0].ffn.c_proj.weight, small), (fractal.W_out.weight, small),
+    for weight, std in ((model.wte.weight, 0.02), (model.lm_head.weight, 0.02), (attention.c_attn.weight, 0.02),
+                        (attention.c_proj.weight, small), (model.h[0].ffn.c_proj.weight, small),
+                        (fractal.W_out.weight, small),
                         (model.h[1].resize.weight, 1 / 16), (fractal.W_in.weight, 128**-0.5),
                         (fractal.fractals[0].M[1].weight, math.sqrt(2.8 / 64)),
                         (torch.cat([c for m in fractal.fractals for c in m.conv]), 0.5),
