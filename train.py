@@ -507,7 +507,7 @@ def make_optimizers(model: GPT, config: Config, device: torch.device) -> list[to
     matrices = dict.fromkeys(m.weight for m in model.modules()
                              if isinstance(m, (nn.Linear, nn.Embedding, nn.EmbeddingBag)))  # tied ones once
     parts = (model.h, model.skip) if config.optimizer == "muon" else ()
-    hidden = {m.weight for part in parts for m in part.modules() if isinstance(m, nn.Linear)}
+    hidden = {m.weight for part in parts for m in part.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
     groups = [
         {"params": [p for p in matrices if p not in hidden], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p not in matrices], "weight_decay": 0.0},

@@ -406,6 +406,20 @@ def test_validation_losses_cover_the_split_once(folder):
         assert found["val_loss_reset"] == pytest.approx(expected, abs=2e-5)
 
 
+def test_what_is_frozen_stays(folder, monkeypatch):
+    """Of all hidden matrices, too, which leaves Muon with nothing to do."""
+    make, before = train.make_optimizers, []
+
+    def frozen(model, *args):
+        model.h.requires_grad_(False)
+        before.extend(p.clone() for p in model.h.parameters())
+        return make(model, *args)
+
+    monkeypatch.setattr(train, "make_optimizers", frozen)
+    this = run("--max_iters", 2, "--optimizer", "muon")
+    assert all(map(torch.equal, before, this.model.h.parameters())) and this.model.wte.weight.grad.any()
+
+
 def test_groups_keep_learning_rates_of_their_own(folder, monkeypatch):
     def make(model, config, device):
         layers = {"params": list(model.h.parameters()), "lr": 3e-3}
