@@ -504,10 +504,11 @@ def orthogonalise(G, dtype, group):
 def make_optimizers(model: GPT, config: Config, device: torch.device) -> list[torch.optim.Optimizer]:
     """AdamW with decay on the weights of Linear and Embedding, without on all else (A_log, D, a, convolutions, norms,
     biases); with "muon" the Linear weights inside the layers go to Muon."""
-    matrices = dict.fromkeys(m.weight for m in model.modules()
-                             if isinstance(m, (nn.Linear, nn.Embedding, nn.EmbeddingBag)))  # tied ones once
+    layers = (m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.EmbeddingBag)))
+    trained = {p for p in model.parameters() if p.requires_grad}  # not what is frozen or made by a parametrization
+    matrices = dict.fromkeys(w for m in layers if (w := m.weight) in trained)  # tied ones once
     parts = (model.h, model.skip) if config.optimizer == "muon" else ()
-    hidden = {m.weight for part in parts for m in part.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
+    hidden = {m.weight for part in parts for m in part.modules() if isinstance(m, nn.Linear)} & matrices.keys()
     groups = [
         {"params": [p for p in matrices if p not in hidden], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p not in matrices], "weight_decay": 0.0},

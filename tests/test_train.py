@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch.nn.utils import parametrize
 from torch.utils.tensorboard import SummaryWriter
 
 import train
@@ -418,6 +419,29 @@ def test_what_is_frozen_stays(folder, monkeypatch):
     monkeypatch.setattr(train, "make_optimizers", frozen)
     this = run("--max_iters", 2, "--optimizer", "muon")
     assert all(map(torch.equal, before, this.model.h.parameters())) and this.model.wte.weight.grad.any()
+
+
+def test_an_adapter_of_the_weight_is_trained(folder, monkeypatch):
+    """As a parametrization: it alone, by AdamW, in a run like any other."""
+    class Adapter(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.A, self.B = (torch.nn.Parameter(x * torch.ones(n)) for n, x in zip(linear.weight.shape, (0, 1)))
+
+        def forward(self, weight):
+            return weight + self.A[:, None] * self.B
+
+    def adapted(model, *args):
+        model.requires_grad_(False)
+        for linear in [m for m in model.h.modules() if isinstance(m, torch.nn.Linear)]:
+            parametrize.register_parametrization(linear, "weight", Adapter(linear))
+        return make(model, *args)
+
+    make = train.make_optimizers
+    monkeypatch.setattr(train, "make_optimizers", adapted)
+    this = run("--max_iters", 2, "--optimizer", "muon")
+    moved = {name.rpartition(".")[2] for name, p in this.model.named_parameters() if p in this.optimizers[0].state}
+    assert moved == {"A", "B"} and all(p.any() for name, p in this.model.named_parameters() if name.endswith(".A"))
 
 
 def test_groups_keep_learning_rates_of_their_own(folder, monkeypatch):
