@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from torch.nn.utils import parametrize
 from torch.utils.tensorboard import SummaryWriter
 
+import kernels
 import train
 from model import GPT, GPTConfig, map_state
 from prepare import Tokenizer
@@ -139,13 +140,14 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
             train.choose_own_device(name, 0, processes)
 
 
-def test_flags_win_and_fit_the_files_lists(folder):
+def test_flags_win_and_fit_the_files_lists(folder, capsys):
     file = {"config": {"n_embd": [64, 32, 16, 64], "attention_type": ["mamba", "fractal", "standard", "mamba"],
-                       "epochs": 3}}
+                       "n_layer": 4, "epochs": 3}}
     (folder / "current_configuration.json").write_text(json.dumps(file))
     config = train.load_config(["--n_embd", "24,16", "--max_iters=7", "--fractal_depth_range", "1,2", "--bias", "true",
                                 "--learning_rate", "1e-4", "--tie_weights", "null"]).config
     assert config.n_layer == 2 and config.attention_type == ["mamba", "fractal"]
+    assert 'note: attention_type: the file\'s 4 entries made 2: ["mamba", "fractal"]\n' in capsys.readouterr().out
     assert (config.max_iters, config.epochs, config.bias, config.learning_rate) == (7, None, True, 1e-4)
     config = train.load_config(["--n_layer", "6"]).config
     assert config.n_embd == [64, 32, 16, 64, 64, 32] and config.max_iters is None
@@ -261,9 +263,11 @@ def assert_resume_is_exact(folder, step, *flags):
     run("--max_iters", step, *flags)
     whole = train.load_checkpoint(last)
     last.unlink()
-    run("--max_iters", step, *flags, "--init_from", "resume")
+    before = train.checkpoints(last.parent)[-1]
+    torch.save(train.load_checkpoint(before) | {"seconds": 1e6}, before)
+    metrics = run("--max_iters", step, *flags, "--init_from", "resume").metrics
     resumed = train.load_checkpoint(last)
-    assert resumed["seconds"] > 0
+    assert min(resumed["seconds"], metrics[-1]["seconds"]) > 1e6
     for checkpoint in (whole, resumed):
         del checkpoint["seconds"], checkpoint["config"]["init_from"]
     same(whole, resumed)
@@ -335,7 +339,9 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(folder, capsys, monkeypa
         capsys.readouterr().out and this.step == 2
 
 
-def test_files_of_a_run(folder):
+def test_files_of_a_run(folder, monkeypatch):
+    steps, step = [], train.Run.train_step
+    monkeypatch.setattr(train.Run, "train_step", lambda this: steps.append(step(this)) or steps[-1])
     this = run("--max_iters", 20, "--checkpoint_interval", 5, "--keep_checkpoints", 2, "--eval_interval", 10)
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert [n for n in names if n.endswith(".pt")] == ["best_model.pt", "checkpoint_step_000015.pt",
@@ -352,6 +358,9 @@ def test_files_of_a_run(folder):
         assert line.keys() in ({*keys, "train_loss", "learning_rate", "grad_norm", "tokens_per_second"},
                                {*keys, "val_loss", "val_loss_reset", "val_bits_per_byte", "params"})
         assert line["tokens"] == line["step"] * 32
+    for line, ten in zip((line for line in lines if "train_loss" in line), (steps[:10], steps[10:]), strict=True):
+        assert line["train_loss"] == pytest.approx(sum(loss for loss, _, _ in ten) / 10)
+        assert (line["learning_rate"], line["grad_norm"]) == ten[-1][1:]
     vals = [line for line in lines if "val_loss" in line]
     assert vals[-1]["params"] == sum(p.numel() for p in this.model.parameters())
     assert vals[-1]["val_bits_per_byte"] == pytest.approx(vals[-1]["val_loss"] / math.log(2), rel=1e-6)
@@ -384,7 +393,7 @@ def test_a_full_disk_is_one_line(folder):
     assert train.load_checkpoint(newest)["step"] == 2 and not list((folder / "checkpoints").glob(".*"))
 
 
-def test_validation_losses_cover_the_split_once(folder):
+def test_validation_losses_cover_the_split_once(folder, capsys):
     """Both numbers against a float64 model that reads the whole split (or each block) in one call."""
     this = run("--max_iters", 3, "--eval_lanes", 1, "--eval_iters", "null")
     best = train.load_checkpoint(folder / "checkpoints/best_model.pt")
@@ -399,6 +408,8 @@ def test_validation_losses_cover_the_split_once(folder):
         alone = [(model(x[None, i:i + 16], y[None, i:i + 16], reset=(x == 256)[None, i:i + 16])[1].item(),
                   (y[i:i + 16] >= 0).sum().item()) for i in range(0, len(x), 16)]
     assert vals["val_loss"] == pytest.approx(carried, abs=2e-5)
+    said = re.search(r"step 3: val_loss ([\d.]+) .* carried \(.*, ([\d.]+) with each block", capsys.readouterr().out)
+    assert said.groups() == (f"{vals['val_loss']:.4f}", f"{vals['val_loss_reset']:.4f}")
     expected = sum(a * n for a, n in alone) / sum(n for _, n in alone)
     this.config.eval_lanes = 5
     this.evaluate()
@@ -473,6 +484,7 @@ def test_a_new_run_never_writes_over_another(folder, capsys):
     run("--max_iters", 2, "--seed", 5)
     assert (folder / "checkpoints/run_001/best_model.pt").read_bytes() == first
     assert (folder / "checkpoints/run_001/metrics.jsonl").exists()
+    assert len(list((folder / "checkpoints").glob("events.*"))) == 1
     assert "run_001" in capsys.readouterr().out
     (folder / "checkpoints/run_²").mkdir()
     run("--max_iters", 2, "--init_from", folder / "checkpoints/run_001/best_model.pt")
@@ -532,8 +544,10 @@ def test_resume_refuses_another_run_and_names_both_values(folder, capsys):
     run("--max_iters", 4)
     with pytest.raises(train.RunError, match=r"block_size is 8 but 16 in the checkpoint"):
         run("--max_iters", 8, "--init_from", "resume", "--block_size", 8)
-    with pytest.raises(train.RunError, match="seed"):
-        run("--max_iters", 8, "--init_from", "resume", "--seed", 3)
+    for key, value in dict(seed=3, optimizer="muon", beta1=0.8, beta2=0.8, weight_decay=0.2, carry_state="false",
+                           gradient_accumulation_steps=2, val_fraction=0.2, dropout=0.1).items():
+        with pytest.raises(train.RunError, match=f"{key} is "):
+            run("--max_iters", 8, "--init_from", "resume", f"--{key}", value)
     run("--max_iters", 4, "--init_from", "resume")
     assert "already at step 4" in capsys.readouterr().out
     run("--max_iters", 6, "--learning_rate", 1e-4, "--init_from", "resume")
@@ -587,6 +601,9 @@ def test_resume_does_not_go_back_behind_what_another_run_has_saved(folder):
 
 
 def test_resume_in_another_type(folder):
+    exact, half = (made(*STILL, "--dtype", dtype) for dtype in ("float32", "float16"))
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert half.train_step() == pytest.approx(exact.train_step(), rel=0.02)  # the norm is not of the scaled loss
     run("--max_iters", 2)
     for step, dtype in ((4, "float16"), (6, "bfloat16"), (8, "float16")):
         assert run("--max_iters", step, "--init_from", "resume", "--dtype", dtype).step == step
@@ -664,7 +681,7 @@ def test_accumulation_is_one_larger_batch(folder):
     this.model.zero_grad()
     _, expected, _ = this.model(x, y, reset=reset)
     expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert loss == pytest.approx(expected.item(), rel=1e-5) and this.tokens == 32
     for name, p in this.model.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
 
@@ -693,6 +710,9 @@ def test_learning_rate_schedule():
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert rates[255] == pytest.approx(0.55, abs=1e-9) and rates[500:] == [0.1] * 500
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    usual = [train.schedule_at(step, train.Config(learning_rate=2.0), n)
+             for step, n in ((0, 400), (19, 400), (210, 400), (400, 400), (0, 9000))]
+    assert usual == pytest.approx([1 / 20, 1, 0.55, 0.1, 1 / 100])  # warm-up for a twentieth or 100 steps, down to 0.1
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -731,14 +751,15 @@ def test_a_run_that_compiles_nothing_never_imports_the_compiler(folder, optimize
 
 def test_decay_and_muon_take_the_right_parameters():
     config = train.Config(n_embd=[16, 8], attention_type=["mamba", "fractal"], vocab_size=11, optimizer="muon",
-                          fractal_dim_range=[8, 8], bias=True, ngram_orders=[2])
+                          fractal_dim_range=[8, 8], bias=True, ngram_orders=[2], weight_decay=0.2)
     model = GPT(config)
     names = {id(p): n for n, p in model.named_parameters()}
     adamw, muon = train.make_optimizers(model, config, torch.device("cpu"))
     decayed, plain = ({names[id(p)] for p in g["params"]} for g in adamw.param_groups)
     hidden = {names[id(p)] for p in muon.param_groups[0]["params"]}
     assert decayed == {"wte.weight", "lm_head.weight", "ngrams.table.weight"}
-    assert adamw.param_groups[1]["weight_decay"] == 0
+    assert [g["weight_decay"] for g in adamw.param_groups + muon.param_groups] == [0.2, 0, 0.2]
+    assert muon.defaults["lr"] == adamw.defaults["lr"] == config.learning_rate
     assert decayed | plain | hidden == set(names.values())
     assert all(re.search(r"A_log|\.D$|\.a$|conv|ln_|bias", n) for n in plain)
     assert all(re.search(r"in_proj|x_proj|dt_proj|out_proj|c_fc|c_proj|resize|W_in|W_out|\.M\.", n) for n in hidden)
@@ -837,8 +858,18 @@ def test_keys_reach_the_run(folder):
                  "--muon_learning_rate", "0.3", "--max_iters", "null")
     assert this.max_iters == math.ceil(1.5 * this.loader.steps_per_epoch / 2)
     assert [o.defaults["lr"] for o in this.optimizers] == [4e-3, 0.3]
-    weights = [start("--seed", seed).model.lm_head.weight for seed in ("1", "1", "2")]
-    assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
+    (folder / "other").mkdir()
+    (folder / "other/book").write_bytes(b"text " * 99)
+    this = start("--vocab_size", "300", "--dataset", "other")
+    assert this.model.wte.num_embeddings == 300 and this.corpus.files == [Path("other/book")]
+    with pytest.raises(train.RunError, match="vocab_size: 256, but the tokenizer has 257"):
+        start("--vocab_size", "256")
+    for value in (True, False):
+        start("--compile", json.dumps(value))
+        assert kernels.COMPILE == value
+    runs = [start("--seed", seed) for seed in ("1", "1", "2")]
+    for drawn in [run.model.lm_head.weight for run in runs], [run.loader.next_batch()[0] for run in runs]:
+        assert torch.equal(*drawn[:2]) and not torch.equal(*drawn[1:])
 
 
 def test_the_best_model_is_that_of_the_lowest_loss(folder, monkeypatch):
@@ -873,6 +904,26 @@ def test_bits_are_of_bytes_not_of_tokens(gpt2_cache):
                                 torch.as_tensor(tokenizer.token_bytes), False, 0, 1)
     assert nats == pytest.approx(math.log(50257), rel=1e-5)
     assert bits == pytest.approx(math.log2(50257) * 5 / len(" was the best of times"), rel=1e-5)
+
+
+def test_processes_share_the_rows_of_an_evaluation(folder, monkeypatch):
+    this, sums = made(), []
+    batches = list(train.eval_lanes(this.val_tokens, 3, 16, this.tokenizer.eot))
+    monkeypatch.setattr(train.dist, "all_reduce", sums.append)
+    (nats, _), *_ = (train.evaluate(this.model, batches, this.device, this.autocast, this.token_bytes, True, rank, n)
+                     for n in (1, 2, 4) for rank in range(n))  # of four processes one has no row
+    for of_all in sum(sums[:2]), sum(sums[2:]):
+        assert of_all[0] / of_all[1] == pytest.approx(nats, rel=1e-5)
+        assert of_all[1] == of_all[2] == (this.val_tokens[1:] != this.tokenizer.eot).sum()
+
+
+def test_all_processes_stop_where_one_is_asked_to(folder, monkeypatch):
+    this = made()
+    this.world_size = 2
+    for mine, other in itertools.product((False, True), repeat=2):
+        this.stopping = mine
+        monkeypatch.setattr(train.dist, "all_reduce", lambda flag, other=other: flag.add_(other))
+        assert this.stop_requested() == (mine or other)
 
 
 # -- folders and what is in them
@@ -1022,7 +1073,8 @@ def signalled(monkeypatch):
 def test_a_signal_in_the_last_step_comes_too_late(folder, capsys, signalled):
     signalled(3)
     this = run("--max_iters", 3)
-    assert "val_loss" in this.metrics[-1] and "lowest val_loss" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "val_loss" in this.metrics[-1] and "lowest val_loss" in out and "--init_from resume --max_iters 6" in out
 
 
 def test_an_evaluation_that_a_signal_put_off_is_made_on_resume_once(folder, signalled, monkeypatch):
@@ -1075,6 +1127,10 @@ def test_two_processes_are_one_larger_batch(folder, flags, capsys):
     assert ("note: fsdp: one process" in capsys.readouterr().out) == bool(flags)
     two, one = (train.load_checkpoint(folder / f"{n}/checkpoint_step_000005.pt") for n in ("two", "one"))
     assert len(two["rng"]) == len(two["state"]) == 2 and two["tokens"] == one["tokens"]
+    assert not torch.equal(*(rng["cpu"] for rng in two["rng"]))  # noise of its own
+    logged = [json.loads((folder / f"{n}/metrics.jsonl").read_text().splitlines()[0]) for n in ("two", "one")]
+    for key in ("train_loss", "grad_norm", "tokens"):
+        assert logged[0][key] == pytest.approx(logged[1][key], rel=0.02)
     for name, p in one["model"].items():
         if flags and p.ndim == 2:  # Muon makes much of rounding where a gradient has no full rank
             assert (two["model"][name] - p).norm() < 0.05 * p.norm()
