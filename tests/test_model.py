@@ -894,6 +894,12 @@ def test_squared_relu_keeps_one_tensor_of_its_width(monkeypatch, two_threads, dt
     (dict(fractal_dim_range=[9, 15]), ("fractal_dim_range", "multiple of 8")),
     (dict(n_embd=[]), ("n_embd", "empty")),
     (dict(position="learned", window=3), ("window", "block_size")),
+    (dict(n_embd=6, n_head=2), ("n_head", "3 wide", "even")),
+    (dict(ffn_mult=0.001), ("ffn_mult", "1 / width")),
+    (dict(fractal_depths=[[]] * 4), ("fractal_depths", "together with fractal_dims")),
+    (dict(fractal_depths=[[1], []], fractal_dims=[[8], [8]], n_layer=2), ("fractal_depths", "one list a layer (2)")),
+    (dict(fractal_depths=[[6]], fractal_dims=[[8]], n_layer=1), ("fractal_depths", "1 to 5")),
+    (dict(fractal_depths=[[]], fractal_dims=[[]], n_layer=1, attention_type="fractal"), ("layer 0 has no module",)),
 ])
 def test_config_refuses(keys, words):
     with pytest.raises(ValidationError) as error:

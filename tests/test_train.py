@@ -208,6 +208,8 @@ def test_mistakes_of_model_and_training_come_together(folder, capsys):
     lines = refused(capsys, "--config", file)
     assert [words for words in ("n_head: 5 heads do not divide", "epochs: 2", "min_lr: 1.0 is above")
             if not any(words in line for line in lines)] == []
+    file.write_text("[]")
+    assert "must be an object" in refused(capsys, "--config", file)[0]
     for value in ("9" * 5000, "[" * 100000):
         file.write_text('{"config": {"n_embd": ' + value + "}}")
         line, = refused(capsys, "--config", file)
@@ -507,7 +509,7 @@ def test_a_run_from_a_checkpoint_keeps_its_model_and_sets_its_own_noise(folder, 
 
 def test_a_run_from_gpt2(folder, capsys, gpt2_cache):
     """A folder as the Hugging Face hub has them: its weights in blocks of our own size, with its logits at first."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
     theirs = GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2))
     theirs.save_pretrained(folder / "hub")
     for path in (folder / "dataset").iterdir():
@@ -534,6 +536,9 @@ def test_a_run_from_gpt2(folder, capsys, gpt2_cache):
             run("--init_from", name, "--max_iters", 1)
     with pytest.raises(train.RunError, match="block_size: 65, but hub has 64 positions"):
         run(*common, "--block_size", 65)
+    MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1)).save_pretrained(folder / "mamba")
+    with pytest.raises(train.RunError, match="tokens that no tokenizer here makes"):
+        run("--init_from", "mamba", *common[2:])
     common[1] = "checkpoints/best_model.pt"
     with pytest.raises(train.RunError, match=r"block_size: 17, but checkpoints/best_model.pt has 16 positions"):
         run(*common, "--block_size", 17)
@@ -864,6 +869,8 @@ def test_keys_reach_the_run(folder):
     assert this.model.wte.num_embeddings == 300 and this.corpus.files == [Path("other/book")]
     with pytest.raises(train.RunError, match="vocab_size: 256, but the tokenizer has 257"):
         start("--vocab_size", "256")
+    with pytest.raises(train.RunError, match="give bfloat16 or float32"):
+        train.Run(train.load_config([*TINY, "--fsdp", "true", "--dtype", "float16"]), torch.device("cpu"), 0, 2)
     for value in (True, False):
         start("--compile", json.dumps(value))
         assert kernels.COMPILE == value
