@@ -884,6 +884,15 @@ def test_squared_relu_keeps_one_tensor_of_its_width(monkeypatch, two_threads, dt
         assert (actual - reference).norm() <= tolerance * reference.norm()
 
 
+@pytest.mark.parametrize("activation, f", [
+    ("relu2", lambda x: x * x * (x > 0)), ("silu", lambda x: x / (1 + torch.exp(-x))),
+    ("gelu_tanh", lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))])
+def test_feed_forward_is_its_formula(activation, f):
+    model, x = make(n_embd=8, activation=activation, bias=True), torch.randn(3, 5, 8, dtype=torch.double)
+    ffn = model.h[0].ffn
+    close(ffn(x), f(x @ ffn.c_fc.weight.T + ffn.c_fc.bias) @ ffn.c_proj.weight.T + ffn.c_proj.bias, 1e-12)
+
+
 @pytest.mark.parametrize("keys, words", [
     (dict(n_embd=[8, 8], attention_type=["mamba"] * 3), ("n_embd", "2", "attention_type", "3")),
     (dict(n_embd=[8, 8], n_layer=3), ("n_embd", "n_layer")),
