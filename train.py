@@ -1014,6 +1014,8 @@ class Run:
         """Train up to max_iters or until a signal; returns whether the run got to its end."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle_signal)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
+            signal.signal(signal.SIGHUP, lambda *_: setattr(self, "stopping", True))  # shell and system send one each
         config, stop, bad_steps, losses = self.config, False, 0, []
         self.model.train()
         with tqdm(total=self.max_iters, initial=self.step, disable=self.rank > 0, unit="step", dynamic_ncols=True,

@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def handlers():
     """Those of signals are the process's own again after a run in it."""
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in usual.items():
         signal.signal(number, handler)
@@ -1027,14 +1027,18 @@ def test_the_command_that_resumes_starts_as_many_processes(monkeypatch):
                                         "--init_from resume --max_iters 18")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_prints_the_command_that_resumes(folder, number):
-    process = command("--max_iters", 100000, "--eval_interval", 100000, "--checkpoint_interval", 100000)
+    process = command("--max_iters", 100000, "--eval_interval", 100000, "--checkpoint_interval", 100000,
+                      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # if the tests run under nohup
     metrics = folder / "checkpoints/metrics.jsonl"
     deadline = time.time() + 120
     while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
+    if number == signal.SIGHUP:
+        time.sleep(0.01)
+        process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     step = int(re.search(r"stopped at step (\d+)", out)[1])
