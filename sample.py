@@ -654,7 +654,10 @@ def run(args):
                   f"bytes      {n_bytes}", f"tokens     {n_tokens}",
                   f"tokens/s   {n_tokens / (time.perf_counter() - start):.0f}", sep="\n", flush=True)
         elif args.encode is not None:
-            T, C = encode(model, tokenizer, args.encode, args.output)
+            try:
+                T, C = encode(model, tokenizer, args.encode, args.output)
+            except OSError as error:  # of a temporary file, whose name tells nobody anything
+                raise SampleError(f"--output {args.output} cannot be written: {error.strerror}") from None
             print(f"{args.output}: {T:,} x {C}, {T / (time.perf_counter() - start):,.0f} tokens/s", file=sys.stderr)
         else:
             write_samples(model, tokenizer, args)

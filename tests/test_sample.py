@@ -417,7 +417,7 @@ def test_encode_that_fails_leaves_the_old_file(capsys, hybrid, tmp_path, monkeyp
 
     monkeypatch.setattr(sample, "publish", fail)
     error = error_of(capsys, "--model_path", hybrid, "--encode", tmp_path / "f", "--output", tmp_path / "f.npy")
-    assert "No space" in error and (tmp_path / "f.npy").read_text() == "old"
+    assert "f.npy cannot be written: No space" in error and (tmp_path / "f.npy").read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["f", "f.npy"]
 
 
