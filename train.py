@@ -399,7 +399,8 @@ def check_resumable(checkpoint: dict, settings: Settings, fingerprint: str, worl
     if checkpoint["loader"]["fingerprint"] != fingerprint:
         different.append("the data set's content has changed since the checkpoint")
     if different:
-        raise RunError(f"init_from resume: {'; '.join(different)}; change it back, or start anew without --init_from")
+        raise RunError(f"init_from resume: {'; '.join(different)}; change it back, start anew without --init_from, or "
+                       f"begin a new run with the weights: --init_from {settings.checkpoint_dir}/best_model.pt")
 
 
 def read_metrics(path: Path, last_step: int) -> list[dict]:

@@ -547,7 +547,7 @@ def test_a_run_from_gpt2(folder, capsys, gpt2_cache):
 
 def test_resume_refuses_another_run_and_names_both_values(folder, capsys):
     run("--max_iters", 4)
-    with pytest.raises(train.RunError, match=r"block_size is 8 but 16 in the checkpoint"):
+    with pytest.raises(train.RunError, match=r"block_size is 8 but 16 in the .* --init_from checkpoints/best_model.pt"):
         run("--max_iters", 8, "--init_from", "resume", "--block_size", 8)
     for key, value in dict(seed=3, optimizer="muon", beta1=0.8, beta2=0.8, weight_decay=0.2, carry_state="false",
                            gradient_accumulation_steps=2, val_fraction=0.2, dropout=0.1).items():
