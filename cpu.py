@@ -8,7 +8,8 @@ which Inductor makes of the small functions above them (`native_code` in kernels
 is to be computed to be worth it.
 
 Letters: B, T, C, nh, hs, W as in model.py, n modules of a fractal, H their width. Of native code: b batch, q what
-stands side by side (heads, modules), l positions, c blocks of v = VECTOR channels, d all of them.
+stands side by side (heads, modules), l positions, c blocks of v = VECTOR channels, d all of them. A kernel is such a
+function and the shapes of its tensors, as `_compiled` in kernels.py reads them.
 """
 
 import functools
