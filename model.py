@@ -313,7 +313,8 @@ class MultiHeadAttention(nn.Module):
         return self.c_proj(y), (*state, valid)
 
     def native_code(self, qkv, S, state):
-        """None where gradients reach the state, and where there are too many weights to keep them all"""
+        """None where gradients reach the state, where norms of heads are of another class, and where there are too many
+        weights to keep them all"""
         _, _, T, hs = qkv.shape
         if not {type(self.q_norm), type(self.k_norm)} <= {RMSNorm, type(None)}:
             return None
