@@ -225,6 +225,7 @@ def map_state(f, state):
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
+@torch.inference_mode(False)  # one that a sample asks for first is kept for training
 def rotary_table(S: int, hs: int, dtype: torch.dtype, device: torch.device):
     """cos and sin (S, hs) of RoFormer's rotations (arXiv 2104.09864), base 10000, positions 0 .. S-1, for rotate."""
     exact = dict(dtype=torch.float64, device="cpu")  # angles in float32 would be S 2^-24 off, and MPS has no float64
@@ -234,15 +235,12 @@ def rotary_table(S: int, hs: int, dtype: torch.dtype, device: torch.device):
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-@functools.lru_cache(maxsize=16)
-def kept_rotary_table(*args):
-    with torch.inference_mode(False):  # it is trained with as well
-        return rotary_table(*args)
+kept_rotary_table = functools.lru_cache(maxsize=16)(rotary_table)
 
 
 def constant_rotary_table(*args):
-    """rotary_table, made once; in compiled code a constant, where its sines would be taken again at every call. Tensors
-    that only stand for others, as while torch.export looks on, are not kept."""
+    """rotary_table, made once; to compiled code it is a constant, whose sines are not taken again at each call. Fake
+    tensors, as torch.export has them, are not kept."""
     faked = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     return rotary_table(*args) if faked else kept_rotary_table(*args)
 
