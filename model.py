@@ -194,9 +194,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
 
     def forward(self, x):
-        if not eager_cpu(x):
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return RMSNormCPU.apply(x, self.weight, self.eps)
+        if eager_cpu(x):
+            return RMSNormCPU.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(config: GPTConfig, C: int) -> nn.Module:
@@ -279,17 +279,17 @@ class MultiHeadAttention(nn.Module):
 
     def initial_state(self, B, device, dtype):
         C, W = self.c_proj.weight.shape[0], self.window
-        kv = torch.zeros(2, B, self.n_head, W - 1, C // self.n_head, device=device, dtype=dtype)
-        return kv[0].clone(), kv[1].clone(), torch.zeros(B, W - 1, device=device, dtype=torch.bool)
+        keys = torch.zeros(B, self.n_head, W - 1, C // self.n_head, device=device, dtype=dtype)
+        return keys, torch.zeros_like(keys), torch.zeros(B, W - 1, device=device, dtype=torch.bool)
 
     def forward(self, x, state, reset):
         (B, T, C), nh = x.shape, self.n_head
         qkv = self.c_attn(x).view(B, T, 3 * nh, C // nh).transpose(1, 2)  # (B, 3 nh, T, hs)
         past_k, past_v, past_valid = state or (None, None, None)
         mask, valid = attention_mask(B, T, self.window, past_valid, reset, x.device)
-        S, rotary = (T if state is None else past_k.shape[2] + T), None
-        if self.rope:
-            rotary = constant_rotary_table(S, C // nh, torch.promote_types(x.dtype, torch.float32), x.device)
+        S = T if state is None else past_k.shape[2] + T
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rotary = constant_rotary_table(S, C // nh, wide, x.device) if self.rope else None
         if code := self.native_code(qkv, S, state):
             if self.q_norm is not None:
                 gain = torch.cat([norm.weight.expand(nh, -1) for norm in (self.q_norm, self.k_norm)])
@@ -311,14 +311,15 @@ class MultiHeadAttention(nn.Module):
         return self.c_proj(y), (*state, valid)
 
     def native_code(self, qkv, S, state):
-        """None where gradients reach the state, where norms of heads are of another class, and where there are too many
-        weights to keep them all"""
+        """What NativeAttention and NativeHeadNorm run for this call, or None where torch's operations are to run: where
+        gradients reach the state, where norms of heads are of another class, and where (T, S) weights take too much
+        memory, as all are kept"""
         _, _, T, hs = qkv.shape
         if not {type(self.q_norm), type(self.k_norm)} <= {RMSNorm, type(None)}:
             return None
         if not eager_cpu(self.c_attn.weight) or T > 512 or S > 1024 or hs % (2 * VECTOR):
             return None
-        if (self.dropout and self.training) or (state is not None and any(past.requires_grad for past in state)):
+        if (self.dropout and self.training) or any(past.requires_grad for past in state or ()):
             return None
         return attention_code(qkv.device, qkv.dtype, qkv.numel() // 3, norm=self.q_norm is not None)
 
@@ -354,12 +355,11 @@ def attention_mask(B, T, W, past_valid, reset, device):
 
 def attend(q, k, v, mask, dropout):
     """softmax(q k^T / sqrt(hs)) v with a boolean mask (true: seen), or with the causal triangle where mask is None."""
-    (B, nh, T, hs), S = q.shape, k.shape[2]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > 512 or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-    hidden = hidden_keys(mask, q, S)
-    hidden = hidden[0] if mask is None else hidden.repeat_interleave(nh, 0)
-    return AttentionCPU.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), hidden, dropout).view(B, nh, T, hs)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512 and torch.is_grad_enabled():
+        hidden = hidden_keys(mask, q, k.shape[2])
+        hidden = hidden[0] if mask is None else hidden.repeat_interleave(q.shape[1], 0)
+        return AttentionCPU.apply(*(t.flatten(0, 1) for t in (q, k, v)), hidden, dropout).view_as(q)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,11 +481,12 @@ class FractalBlock(nn.Module):
         return self.in_groups(W_in.unflatten(0, (2, -1))).flatten(0, 1), self.in_groups(W_out)
 
     def native_code(self, z, state, reset):
-        """None where a block is shorter than the taps or holds a boundary, or where gradients reach the state"""
+        """What the native functions run for this call, or None where torch's operations are to run: where a block is
+        shorter than the taps or holds a boundary, or where gradients reach the state"""
         weight = self.W_in.weight
         if not eager_cpu(weight) or z.shape[1] < self.kernel or (reset is not None and reset.any()):
             return None
-        if state is not None and any(past.requires_grad for past in state):
+        if any(past.requires_grad for past in state or ()):
             return None
         return fractal_code(z.device, product_type(weight), z.numel(), self.kernel)
 
