@@ -424,8 +424,8 @@ class FractalBlock(nn.Module):
 
     Training draws, for each row, call and join, one branch instead of the mean with probability fractal_drop, and
     cuts a module to m levels with probability fractal_level_drop. `levels` = m cuts every module at evaluation.
-    Modules of equal depth run together, padded to the widest, as one batch of matrix products, and so do the units of
-    different levels that take the same input, z to begin with: u_c(z), u_{c-1}(z) .. u_1(z).
+    Modules of equal depth, a group, run together, padded to the widest, as one batch of matrix products. So do units
+    that take the same input: those of levels C .. 1 take z, those of levels i .. 1 take f_i(z).
 
     State: the last w-1 inputs of each application, (B, w-1, L n H) for the L units of n modules that run together, in
     evaluation order."""
@@ -442,10 +442,11 @@ class FractalBlock(nn.Module):
         self.W_out = Linear(sum(self.dims), C, bias=False)
 
     def budget(self, depth: int) -> int:
+        """Levels that a module of this depth runs"""
         return min(depth, self.levels or depth)
 
     def width(self, group: list[int]) -> int:
-        """What its modules are padded to: whole vectors"""
+        """The width H that a group's modules are padded to, whole vectors of VECTOR channels"""
         return -(-max(self.dims[k] for k in group) // VECTOR) * VECTOR
 
     def initial_state(self, B, device, dtype):
@@ -458,13 +459,12 @@ class FractalBlock(nn.Module):
         transposed, join weights (C - 1, n, 1), 1 / true width and eps (n, 1)"""
         packed = []
         for c, group in self.groups.items():
-            modules, levels = [self.fractals[k] for k in group], range(c)
-            pads = [self.width(group) - self.dims[k] for k in group]
-            conv = [F.pad(m.conv[i], (0, 0, 0, p)) for i in levels for m, p in zip(modules, pads)]
-            M = [F.pad(weight_of(m.M[i]), (0, p, 0, p)) for i in levels for m, p in zip(modules, pads)]
-            p = torch.stack([m.a for m in modules], dim=1).sigmoid()[:, :, None]
+            modules = [(self.fractals[k], self.width(group) - self.dims[k]) for k in group]
+            conv = [F.pad(m.conv[i], (0, 0, 0, pad)) for i in range(c) for m, pad in modules]
+            M = [F.pad(weight_of(m.M[i]), (0, pad, 0, pad)) for i in range(c) for m, pad in modules]
+            p = torch.stack([m.a for m, _ in modules], dim=1).sigmoid()[:, :, None]
             wide = torch.promote_types(p.dtype, torch.float32)
-            inverse_H = torch.stack([m.a.new_full((1,), 1 / self.dims[k], dtype=wide) for k, m in zip(group, modules)])
+            inverse_H = torch.stack([p.new_full((1,), 1 / self.dims[k], dtype=wide) for k in group])
             packed.append((torch.stack(conv).unflatten(0, (c, -1)).flatten(1, 2),
                            torch.stack(M).unflatten(0, (c, -1)).mT, p, inverse_H, torch.full_like(inverse_H, self.eps)))
         return packed
@@ -498,18 +498,18 @@ class FractalBlock(nn.Module):
             raise ValueError(f"fractal_levels: the state has {len(state)} entries a layer, this model's setting needs "
                              f"{expected}; start a new state when the levels change")
         past = iter([None] * expected if state is None else state)
-        packed, code, fractals = self.packed(), self.native_code(z, state, reset), []
+        packed, code, calls = self.packed(), self.native_code(z, state, reset), []
         outputs, z = [], z.split([conv.shape[1] for conv, *_ in packed], dim=-1)
         for (c, group), weights, z_g in zip(self.groups.items(), packed, z):
             z_g = z_g.unflatten(-1, (len(group), -1))  # (B, T, n, H)
-            fractals.append(_FractalGroup(self, c, weights, past, reset, z_g, code))
-            outputs.append(fractals[-1].run(z_g, c))
+            calls.append(_FractalGroup(self, c, weights, past, reset, z_g, code))
+            outputs.append(calls[-1].run(z_g, c))
         if code:
-            y = NativeGate.apply(code.gate, gate, [(f.inverse_H[:, 0], f.eps[:, 0]) for f in fractals], *outputs)
+            y = NativeGate.apply(code.gate, gate, [(call.inverse_H[:, 0], call.eps[:, 0]) for call in calls], *outputs)
         else:
-            y = torch.cat([f.norm(output).flatten(2) for f, output in zip(fractals, outputs)], dim=-1)
+            y = torch.cat([call.norm(output).flatten(2) for call, output in zip(calls, outputs)], dim=-1)
             y = y * F.silu(gate.to(y.dtype))
-        return linear(y, W_out), tuple(itertools.chain(*(f.states for f in fractals)))
+        return linear(y, W_out), tuple(itertools.chain(*(call.states for call in calls)))
 
 
 def units_together(levels: int) -> list[int]:
@@ -531,7 +531,7 @@ class _FractalGroup:
             shape = (z.shape[0], z.shape[2])
             cut = torch.randint(1, self.depth + 1, shape, device=z.device)
             cut_now = torch.rand(shape, device=z.device) < block.level_drop
-            self.cut = torch.where(cut_now, cut, self.depth)  # (B, n)
+            self.cut = torch.where(cut_now, cut, self.depth)  # (B, n), the levels that are left
 
     def norm(self, z):
         """z (..., n, H), zero in its padding -> RMS-normalised over each module's true width"""
@@ -558,7 +558,7 @@ class _FractalGroup:
         return self.norm(v.transpose(0, 1).view(B, T, L, n, H)).unbind(2)
 
     def join(self, deep, shallow, c):
-        """Of f_c, the (depth + 1 - c)th from the top; a row cut to m levels takes the shallow branch from the mth on"""
+        """f_c(z), (depth + 1 - c)th join from the top; a module cut to m levels takes u_c(z) from the mth join on"""
         weight = self.p[c - 2]  # (n, 1)
         if self.cut is not None:
             p = weight[:, 0]
