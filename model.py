@@ -3,7 +3,8 @@ A language model whose every layer is attention, Mamba or a probabilistic fracta
 
     idx (B, T) -> wte (+ wpe) -> Block 0 -> ... -> Block n-1 -> ln_f -> lm_head -> logits (B, T, V)
 
-B batch, T time, C width of the layer at hand, V vocabulary, nh heads, hs head size, W attention window.
+B batch, T time, C width of the layer at hand, V vocabulary; in attention nh heads, hs head size, W window, S keys of
+the past and of now; in Mamba N states a channel; in fractals w taps, C depth and H width of a module.
 
 Every mixer maps (x, state, reset) -> (y, state): x (B, T, C); state is what the past leaves behind, None where the
 stream starts here; reset (B, T) is true where a new document starts, and nothing before such a position is seen from
@@ -52,7 +53,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 def layer_counts(keys: dict) -> dict[str, int]:
-    """How many layers each key speaks of: the lists among PER_LAYER, and n_layer"""
+    """The number of layers that each key gives: the lists among PER_LAYER by their lengths, and n_layer"""
     counts = {key: len(keys[key]) for key in PER_LAYER if isinstance(keys.get(key), list)}
     return counts | ({"n_layer": keys["n_layer"]} if isinstance(keys.get("n_layer"), int) else {})
 
@@ -108,18 +109,16 @@ class GPTConfig(BaseModel):
 
     def _complete(self) -> list[str]:
         """Fill in what is null; returns the mistakes between keys, a line each."""
-        mistakes = []
-        lengths = layer_counts(vars(self))
-        n_layer = next(iter(lengths.values()), 4)
+        mistakes, lengths = [], layer_counts(vars(self))
         if len(set(lengths.values())) > 1:
             described = ", ".join(f"{key} gives {n} layers" for key, n in lengths.items())
             return [f"{described}: make them equal, or give one value for all layers"]
-        if n_layer == 0:
+        self.n_layer = next(iter(lengths.values()), 4)
+        if self.n_layer == 0:
             return [f"{next(iter(lengths))}: an empty list; give one entry for each layer"]
-        self.n_layer = n_layer
         for key in PER_LAYER:
             if not isinstance(getattr(self, key), list):
-                setattr(self, key, [getattr(self, key)] * n_layer)
+                setattr(self, key, [getattr(self, key)] * self.n_layer)
         self.n_head = [max(1, C // 64) if nh is None else nh for nh, C in zip(self.n_head, self.n_embd)]
         self.window = self.window or self.block_size
         for i, (kind, C, nh, mult) in enumerate(zip(self.attention_type, self.n_embd, self.n_head, self.ffn_mult)):
@@ -169,21 +168,23 @@ class GPTConfig(BaseModel):
 
 
 class Linear(nn.Linear):
+    """nn.Linear by cpu.py's product, which on some CPUs takes less time"""
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
-def is_plain(linear) -> bool:
-    """Whether a linear layer does with its weight and bias what nn.Linear does"""
-    return type(linear).forward in (Linear.forward, nn.Linear.forward)
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether it does with its weight and bias what nn.Linear does"""
+    return type(layer).forward in (Linear.forward, nn.Linear.forward)
 
 
-def weight_of(linear):
-    """The weight of a linear layer, where it stands for the layer. TypeError for one that does more with its input."""
-    if not is_plain(linear):
-        raise TypeError(f"{type(linear).__name__} in place of Linear: its forward would not be called here, only its "
+def weight_of(layer: nn.Linear):
+    """Its weight, for code that does not call the layer. TypeError where the layer's own forward does more with x."""
+    if not is_plain(layer):
+        raise TypeError(f"{type(layer).__name__} in place of Linear: its forward would not be called here, only its "
                         "weight read; change the weight itself, by torch.nn.utils.parametrize")
-    return linear.weight
+    return layer.weight
 
 
 class RMSNorm(nn.Module):
@@ -290,14 +291,14 @@ class MultiHeadAttention(nn.Module):
         S = T if state is None else past_k.shape[2] + T
         wide = torch.promote_types(x.dtype, torch.float32)
         rotary = constant_rotary_table(S, C // nh, wide, x.device) if self.rope else None
-        if code := self.native_code(qkv, S, state):
-            if self.q_norm is not None:
-                gain = torch.cat([norm.weight.expand(nh, -1) for norm in (self.q_norm, self.k_norm)])
-                qkv = NativeHeadNorm.apply(code.norm, qkv, gain, self.q_norm.eps)
-            q, k, v = qkv.chunk(3, dim=1)
+        code = self.native_code(qkv, S, state)
+        if code and self.q_norm is not None:
+            gain = torch.cat([norm.weight.expand(nh, -1) for norm in (self.q_norm, self.k_norm)])
+            qkv = NativeHeadNorm.apply(code.norm, qkv, gain, self.q_norm.eps)
+        q, k, v = qkv.chunk(3, dim=1)  # (B, nh, T, hs) each
+        if code:
             y = NativeAttention.apply(code, qkv, past_k, past_v, rotary, mask)
         else:
-            q, k, v = qkv.chunk(3, dim=1)  # (B, nh, T, hs) each
             if self.q_norm is not None:
                 q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
             rotated_q, all_k, all_v = q, after(past_k, k), after(past_v, v)
@@ -450,9 +451,8 @@ class FractalBlock(nn.Module):
         return -(-max(self.dims[k] for k in group) // VECTOR) * VECTOR
 
     def initial_state(self, B, device, dtype):
-        widths = [L * len(group) * self.width(group)
-                  for c, group in self.groups.items() for L in units_together(self.budget(c))]
-        return tuple(torch.zeros(B, self.kernel - 1, width, device=device, dtype=dtype) for width in widths)
+        return tuple(torch.zeros(B, self.kernel - 1, L * len(group) * self.width(group), device=device, dtype=dtype)
+                     for c, group in self.groups.items() for L in units_together(self.budget(c)))
 
     def packed(self):
         """For each group of n modules of depth C, padded with zeros: convolutions (C, n H, w), matrices (C, n, H, H),
@@ -657,9 +657,7 @@ class NGramEmbedding(nn.Module):
     def forward(self, idx, past, reset):
         B, T = idx.shape
         tokens = torch.cat((self.initial_state(B, idx.device) if past is None else past, idx), dim=1)
-        document = None
-        if reset is not None:
-            document = F.pad(reset.cumsum(1), (self.reach, 0))  # (B, reach + T), 0 up to the first reset
+        document = None if reset is None else F.pad(reset.cumsum(1), (self.reach, 0))  # (B, reach + T)
         h, rows = tokens[:, self.reach:], []
         for n in range(2, self.reach + 2):  # h: the last n tokens as a number of 64 bits, overflow wanted
             at = slice(self.reach + 1 - n, self.reach + 1 - n + T)
@@ -789,9 +787,9 @@ class GPT(nn.Module):
         return state
 
     def next_block(self, state: dict) -> dict:
-        """The state to start the next training or evaluation block from, in memory of its own: it may be a part of all
-        keys and values. With learned positions attention starts fresh and recurrent layers carry on, as GPT-2's table
-        has no position past block_size."""
+        """The state that the next training or evaluation block starts from; views are copied, as they would keep all
+        keys and values in memory. With learned positions attention starts fresh and recurrent layers carry on, as
+        GPT-2's table has no position past block_size."""
         state = map_state(torch.Tensor.contiguous, state)
         if self.wpe is None:
             return state
@@ -826,7 +824,7 @@ class GPT(nn.Module):
         for i, block in enumerate(layers):
             skip = self.skip[str(i)](outputs[self.config.n_layer - 1 - i]) if str(i) in self.skip else None
             x, s = block(x, past[i], reset, skip)
-            outputs.append(x if self.skip else None)
+            outputs.append(x if self.skip else None)  # of no use without skips, and would stay in memory
             new_state["layers"].append(s)
         return x, new_state
 
@@ -866,7 +864,7 @@ class GPT(nn.Module):
     def flops_per_token(self) -> list[int]:
         """Forward FLOPs a token of each layer, and of lm_head at the end: two for each multiply-add of a matrix
         product, attention's over a full window, each application of a fractal's. Norms, gates and activations are left
-        out, and of a mixer that is not named here all but its linears. Training costs three times as much."""
+        out, and of any other mixer all but its linear layers. Training costs three times as much."""
         flops = []
         for i, block in enumerate(self.h):
             macs = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
@@ -924,7 +922,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x.device)
-        need_grad = any(ctx.needs_input_grad)
+        need_grad = any(ctx.needs_input_grad)  # of a parameter under no_grad, too: cross_entropy detaches it
         dx = torch.empty_like(x) if need_grad else None
         dw = torch.zeros_like(weight, dtype=wide) if need_grad else None
         for i in range(0, x.shape[0], chunk):
