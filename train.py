@@ -435,6 +435,17 @@ def plot_losses(metrics: list[dict], path: Path):
 # Optimizer, schedule, evaluation
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it, float32 elsewhere (float16 needs to be asked for)."""
+    if name == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        name = "bfloat16" if fast else "float32"
+    return getattr(torch, name)
+
+
 def whole(t):
     """All of a tensor of which FSDP gave each process a share (all processes call this together), or what it is."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
@@ -567,17 +578,6 @@ def evaluate(model: GPT, batches, device, autocast, token_bytes, carried: bool, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the hardware multiplies it, float32 elsewhere (float16 needs to be asked for)."""
-    if name == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        name = "bfloat16" if fast else "float32"
-    return getattr(torch, name)
 
 
 @contextlib.contextmanager
@@ -788,12 +788,6 @@ class Run:
                 return "not compiled"
         return "compiled between matrix products (the first time on a machine takes up to a minute)"
 
-    def initial_state(self) -> dict | None:
-        if not self.carries:
-            return None
-        state = self.model.initial_state(self.config.batch_size, self.dtype)
-        return map_state(lambda t: whole(t).detach(), state)  # of a mixer whose state begins with weights
-
     def try_compiled_layers(self) -> str:
         """Compile the layers in a step of training that changes nothing. Returns why that failed, then they run as they
         did before, or an empty text."""
@@ -811,6 +805,12 @@ class Run:
         finally:
             self.model.zero_grad(set_to_none=True)
         return ""
+
+    def initial_state(self) -> dict | None:
+        if not self.carries:
+            return None
+        state = self.model.initial_state(self.config.batch_size, self.dtype)
+        return map_state(lambda t: whole(t).detach(), state)  # of a mixer whose state begins with weights
 
     def restore(self, checkpoint: dict):
         self.step, self.tokens = checkpoint["step"], checkpoint["tokens"]
