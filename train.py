@@ -447,12 +447,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def whole(t):
-    """All of a tensor of which FSDP gave each process a share (all processes call this together), or what it is."""
+    """The whole of a tensor that FSDP shards (all processes call this together); any other tensor as it is."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def share_like(p, t):
-    """This process's share of t, which every process has whole, where it has a share of p only."""
+    """t, which every process has whole, or where p is sharded this process's share of it."""
     if not hasattr(p, "full_tensor"):
         return t
     from torch.distributed.tensor import distribute_tensor  # half a second that few runs need
@@ -460,8 +460,8 @@ def share_like(p, t):
 
 
 class Uncompiled:
-    """torch's optimizers without the wrappers that keep a compiler out of them: to say so they import all of it at
-    their first call, 0.8 of the 2.5 seconds in which a run starts."""
+    """torch's optimizers without the wrappers that exempt them from torch.compile: at their first call these import
+    the whole compiler, 0.8 of the 2.5 seconds in which a run starts."""
 
     add_param_group, zero_grad, state_dict, load_state_dict = (
         inspect.unwrap(getattr(torch.optim.Optimizer, name))
@@ -473,8 +473,8 @@ class AdamW(Uncompiled, torch.optim.AdamW):
 
 
 class Muon(Uncompiled, torch.optim.Muon):
-    """torch's Muon with matrices of about one shape, lying or standing, orthogonalised together, in float32 on a CPU
-    that multiplies no bfloat16, where torch's own takes longer than the rest of a small model's step; its update always
+    """torch's Muon, faster: matrices of about one shape, lying or standing, are orthogonalised together, in bfloat16
+    only where the hardware multiplies it; else torch's takes longer than the rest of a small model's step. Updates are
     scaled to the root mean square of AdamW's (arXiv 2502.16982, torch's adjust_lr_fn="match_rms_adamw")."""
 
     @torch.no_grad()
@@ -484,20 +484,20 @@ class Muon(Uncompiled, torch.optim.Muon):
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                A, B = (-(-length // 64) * 64 for length in sorted(p.shape))  # zeros change nothing: few calls
+                A, B = (-(-length // 64) * 64 for length in sorted(p.shape))  # padded by zeros, shapes are few
                 shapes.setdefault((A, B, p.device), []).append(p)
             momenta, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             torch._foreach_lerp_(grads, momenta, group["momentum"])  # Nesterov's, in the gradients' place
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            for (A, B, device), params in shapes.items():
-                together = torch.zeros(len(params), A, B, dtype=params[0].dtype, device=device)
-                standing = [p.shape[0] > p.shape[1] for p in params]
-                for x, p, up in zip(together, params, standing):
+            for (A, B, device), alike in shapes.items():
+                together = torch.zeros(len(alike), A, B, dtype=alike[0].dtype, device=device)
+                standing = [p.shape[0] > p.shape[1] for p in alike]
+                for x, p, up in zip(together, alike, standing):
                     grad = whole(p.grad)
                     x[: min(p.shape), : max(p.shape)] = grad.mT if up else grad
                 together = orthogonalise(together, choose_dtype("auto", device), group).to(together.dtype)
-                for x, p, up in zip(together, params, standing):
+                for x, p, up in zip(together, alike, standing):
                     update = x[: min(p.shape), : max(p.shape)]
                     update = share_like(p, update.mT if up else update)
                     p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
