@@ -2,8 +2,7 @@
 The training run. `uv run train.py` trains what current_configuration.json describes; every key is also a flag.
 
 One process on a CPU or a GPU, or one for each device with `uv run torchrun --nproc_per_node=N train.py` (DDP, or
-FSDP2 with `--fsdp true`).
-Top to bottom: the configuration, the files of a run, optimizer and schedule, evaluation, the loop.
+FSDP2 with `--fsdp true`). Top to bottom: configuration, files of a run, optimizers, schedule, evaluation, the run.
 """
 
 import gc
@@ -329,7 +328,7 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Within, path is written: RunError, with its name, where that fails."""
+    """Within, path is written; where that fails, RunError names it."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # the zip writer's own may hide the system's
@@ -391,7 +390,8 @@ FIXED = (*GPTConfig.model_fields, "tokenizer", "batch_size", "gradient_accumulat
 
 def check_resumable(checkpoint: dict, settings: Settings, fingerprint: str, world_size: int):
     """A resumed run must be the same run: every key it depends on agrees with the checkpoint's."""
-    then, now = (saved | saved["config"] for saved in (checkpoint["config"], settings.model_dump(by_alias=True)))
+    files = checkpoint["config"], settings.model_dump(by_alias=True)
+    then, now = (file | file["config"] for file in files)  # all keys at one level
     before = {key: then.get(key, KEYS[key].get_default(call_default_factory=True)) for key in FIXED}  # it may be older
     different = [f"{key} is {now[key]} but {before[key]} in the checkpoint" for key in FIXED if now[key] != before[key]]
     if len(checkpoint["rng"]) != world_size:
@@ -555,8 +555,8 @@ def to_device(batch, device: torch.device, fresh: bool):
 @torch.no_grad()
 def evaluate(model: GPT, batches, device, autocast, token_bytes, carried: bool, rank: int, world_size: int):
     """Mean nats a token and bits a byte over batches of (x, y, reset), the state carried from one to the next or not.
-    Each process takes its share of the rows; one without any goes along with a row that does not count, as FSDP's
-    forward pass needs all of them."""
+    Each process takes its share of the rows; one without any runs a row that does not count, as all must take part in
+    FSDP's forward pass."""
     model.eval()
     sums, state = torch.zeros(3, dtype=torch.float64), None  # nats, tokens, bytes
     for batch in batches:
@@ -582,7 +582,7 @@ def evaluate(model: GPT, batches, device, autocast, token_bytes, carried: bool, 
 
 @contextlib.contextmanager
 def quiet_compiler():
-    """Within, PyTorch keeps to itself what it has to say of its own machinery."""
+    """Within, warnings and log lines are not shown: PyTorch has many about its own machinery."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -660,8 +660,8 @@ class Run:
             self.restore(checkpoint)
 
     def say(self, text, write=tqdm.write):
-        """Process 0 speaks. If nobody can hear it any more, as Ctrl-C ends tee too, the run saves, ends and says so on
-        stderr."""
+        """Process 0 prints, or has `write` do it (the progress bar). If nobody can hear it any more, as Ctrl-C ends tee
+        too, the run saves, ends and says so on stderr."""
         try:
             if self.rank == 0:
                 write(text)
@@ -765,26 +765,27 @@ class Run:
                  f"{self.tokens_per_step:,} tokens")
 
     def compile(self) -> str:
-        """Compile what the settings ask for, as far as the device can; returns in words what came of it."""
-        wanted = self.settings.compile
+        """Compile what the settings ask for, as far as the device can; returns in words what came of it. Training calls
+        step_model; within as_written layers run uncompiled."""
+        wanted, kind = self.settings.compile, self.device.type
         kernels.COMPILE, self.step_model, self.as_written = bool(wanted), self.model, contextlib.nullcontext
         if not wanted:
             return "not compiled (compile is false)"
-        if self.device.type not in ("cpu", "cuda"):
-            return f"not compiled (not supported on {self.device.type})"
-        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (7, 0):
+        if kind not in ("cpu", "cuda"):
+            return f"not compiled (not supported on {kind})"
+        if kind == "cuda" and torch.cuda.get_device_capability(self.device) < (7, 0):
             return "not compiled (this GPU is too old for Triton)"
-        if self.device.type != "cpu" and not self.sharded:
+        if kind == "cuda" and not self.sharded:
             self.step_model = torch.compile(self.model, dynamic=False)
             return "compiled"
-        if wanted == "layers" or self.device.type != "cpu":
+        if kind == "cuda" or wanted == "layers":
             self.say("compiling the layers: some seconds for each kind, minutes for deep fractals")
             reason = self.try_compiled_layers()
             if not reason:  # evaluation has too many shapes to compile for
                 self.as_written = functools.partial(torch.compiler.set_stance, "force_eager")
                 return "layers compiled"
             self.say(f"warning: the layers could not be compiled, they run more slowly ({reason})")
-            if self.device.type != "cpu":
+            if kind == "cuda":
                 return "not compiled"
         return "compiled between matrix products (the first time on a machine takes up to a minute)"
 
@@ -837,10 +838,9 @@ class Run:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
-        ranks = mine = [(rng, map_state(lambda t: t.cpu(), self.state))]
+        ranks = [(rng, map_state(lambda t: t.cpu(), self.state))] * self.world_size
         if self.world_size > 1:
-            ranks = [None] * self.world_size
-            dist.all_gather_object(ranks, mine[0])
+            dist.all_gather_object(ranks, ranks[0])  # each in its place
         return {
             "format": CHECKPOINT_FORMAT, "model": self.gathered(self.model.state_dict()), "model_args": self.model_args,
             "optimizer": [self.gathered(optimizer.state_dict()) for optimizer in self.optimizers],
@@ -864,8 +864,8 @@ class Run:
 
     @contextlib.contextmanager
     def saving(self, best: bool, step: bool):
-        """Within, a thread writes the run as it is now, as the best model, as the step's checkpoint, or both: the disk
-        takes as long as what an evaluation shows. All processes call this together."""
+        """A thread writes the run as it is now, as the best model, as the step's checkpoint, or both, while what stands
+        within goes on: the disk takes as long as a plot and a sample. All processes call this together."""
         names = ["best_model.pt"] * best + [f"checkpoint_step_{self.step:06d}.pt"] * step
         run = self.snapshot() if names else None
         with ThreadPoolExecutor(1) as pool:
@@ -919,8 +919,7 @@ class Run:
     def evaluate(self) -> bool:
         """Both validation losses, of the same text; leaves the training state as it was. Returns whether val_loss is
         the lowest yet."""
-        config = self.config
-        losses = []
+        config, losses = self.config, []
         for cut, carried in (eval_lanes, True), (eval_lanes if config.eval_iters else eval_blocks, False):
             batches = cut(self.val_tokens, config.eval_lanes, config.block_size, self.tokenizer.eot)
             losses.append(evaluate(self.model, itertools.islice(batches, config.eval_iters), self.device, self.autocast,
@@ -975,12 +974,12 @@ class Run:
             last = i == len(batches) - 1
             if self.sharded:
                 self.model.set_requires_gradient_sync(last)
-            alone = isinstance(self.step_model, DDP) and not last
-            with self.step_model.no_sync() if alone else contextlib.nullcontext():
+            later = isinstance(self.step_model, DDP) and not last
+            with self.step_model.no_sync() if later else contextlib.nullcontext():
                 with self.autocast:
                     _, loss, state = self.step_model(x, y, state=self.state, reset=reset)
                 part = counts[i] / total.clamp(min=1)
-                self.scaler.scale(loss * part * self.world_size).backward()  # divided by the processes again
+                self.scaler.scale(loss * part * self.world_size).backward()  # DDP and FSDP divide by world_size
             step_loss += loss.detach() * part
             if self.carries:  # truncated back-propagation: the state goes on, its gradient does not
                 self.state = self.model.next_block(map_state(torch.Tensor.detach, state))
