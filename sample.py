@@ -96,7 +96,7 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict:
 
 @contextlib.contextmanager
 def fitting(checkpoint):
-    """Within, a checkpoint meets the code of today: SampleError, with its name, where the two do not fit."""
+    """Within, a model is made of a checkpoint; where this code cannot, SampleError names the checkpoint."""
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -130,13 +130,13 @@ def product(weight, bias=None):
     return lambda x: torch.addmm(bias, x.to(dtype), weight)
 
 
-def bound(linear):
-    """A linear layer with its weight and bias bound; one that does more as it is"""
-    return product(linear.weight, linear.bias) if is_plain(linear) else linear
+def bound(layer):
+    """A linear layer as a product with its weight and bias; one whose forward does more as it is"""
+    return product(layer.weight, layer.bias) if is_plain(layer) else layer
 
 
 def normalisation(norm):
-    """norm, which may be None, on a CPU with its numbers bound: half of its time goes by around its operations"""
+    """A norm, or None, as it is; on a CPU RMSNorm in half of its time, with its numbers bound"""
     if type(norm) is not RMSNorm or not eager_cpu(norm.weight):
         return norm
     weight, eps, C = norm.weight, torch.tensor(norm.eps, dtype=norm.weight.dtype), len(norm.weight)
@@ -148,8 +148,8 @@ def normalisation(norm):
 
 
 def decode_attention(mixer, state):
-    """Keys, rotated, and values lie in memory for twice the window, each at the slot of its position. When that is full
-    the newest move to its beginning, and keys are turned back by as much."""
+    """Rotated keys, and values, lie in memory for two windows, each in the slot of its position. When that is full,
+    the newest W-1 move to its beginning, and these keys are rotated back by as many positions."""
     past_k, past_v, valid = state  # (B, nh, W-1, hs) twice, (B, W-1)
     (B, nh, kept, hs), W, room = past_k.shape, mixer.window, 2 * mixer.window
     c_attn, c_proj = map(bound, (mixer.c_attn, mixer.c_proj))
@@ -312,7 +312,7 @@ def decoder(model: GPT, state: dict):
     have changed, make another. The logits are inference tensors: clone them to change them in place."""
     blocks = [decode_block(block, s) for block, s in zip(model.h, state["layers"], strict=True)]
     embed, head, norm, n_layer = model.wte.forward, bound(model.lm_head), normalisation(model.ln_f), len(blocks)
-    skips = {int(i): bound(linear) for i, linear in model.skip.items()}
+    skips = {int(i): bound(layer) for i, layer in model.skip.items()}
     ngrams, pos = (map_state(torch.clone, state.get(key)) for key in ("ngrams", "pos"))
 
     @torch.inference_mode()
@@ -338,7 +338,7 @@ def decoder(model: GPT, state: dict):
 
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
     """logits (B, V) -> (B, 1), a draw a row from softmax(logits / temperature) cut by top_k, then top_p, then min_p."""
-    if temperature < 1e-6:  # by it even the smallest difference would be an infinite one
+    if temperature < 1e-6:  # logits divided by it could be infinite
         return logits.argmax(-1, keepdim=True)
     V, index = logits.shape[-1], None
     top_k, top_p = min(top_k or V, V), top_p or 1.0
