@@ -363,12 +363,11 @@ def tokens_at_once(model: GPT) -> int:
     return model.config.block_size if model.config.position == "learned" else max(model.config.block_size, 512)
 
 
-def prefill(model: GPT, idx):
-    """idx (B, T), any T, fed in blocks -> logits (B, 1, V) after its last token, and the state there."""
-    state = None
+def prefill(model: GPT, idx, state=None):
+    """idx (B, T), any T, fed in blocks from a state on -> logits (B, V) after its last token, and the state there."""
     for block in idx.split(tokens_at_once(model), dim=1):
         logits, _, state = model(block, state=state, last_only=True)
-    return logits, state
+    return logits[:, -1], state
 
 
 @torch.no_grad()
@@ -389,15 +388,15 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
     training = model.training
     model.eval()
     try:
-        recent = idx[:, -block_size:] if learned else idx[:, :0]
+        recent = idx[:, -block_size:] if learned else idx[:, :0]  # (B, up to block_size); not learned: (B, 0)
         logits, state = prefill(model, recent if learned else idx)
-        seen = torch.zeros_like(logits[:, -1], dtype=torch.bool).scatter_(1, idx, True)  # (B, V)
+        seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, idx, True)  # (B, V)
         logits, state, recent, seen = map_state(
             lambda t: t.repeat_interleave(num_samples, 0), (logits, state, recent, seen))
         in_shares = any(hasattr(p, "full_tensor") for p in model.parameters())  # FSDP: whole within forward only
         step = None if in_shares else decoder(model, state)
         for i in range(max_new_tokens):
-            row = logits[:, -1].to(wide)  # (B, V)
+            row = logits.to(wide)  # (B, V)
             if not row.sum().isfinite():  # else a token past the last would be drawn
                 raise SampleError(NOT_FINITE)
             if repetition_penalty != 1:
@@ -414,9 +413,9 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
             if full:
                 logits, state = prefill(model, recent)
             elif step is None:
-                logits, _, state = model(token, state=state)
+                logits, state = prefill(model, token, state)
             else:
-                logits = step(token)[:, None]
+                logits = step(token)
     finally:
         model.train(training)
 
