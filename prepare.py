@@ -59,6 +59,7 @@ class DataError(Exception):
 
 @contextmanager
 def reading(path):
+    """Within, path is read; where that fails, DataError names it."""
     try:
         yield
     except OSError as e:
@@ -504,8 +505,8 @@ class DataLoader:
 
     sequential: the stream is a circle that each epoch cuts at a random place and then into L lanes of n // L tokens;
     rank r has lanes r*B to (r+1)*B-1. Row i goes on where row i of the batch before stopped, so state can be carried;
-    reset marks the start of each document, lane and epoch. Only whole blocks are used: fewer than T tokens at the end
-    of each lane are left out, others in each epoch.
+    reset marks the start of each document, lane and epoch. Only whole blocks are used: up to T-1 tokens at the end of
+    each lane are left out, different ones in each epoch.
     Otherwise rows are windows at random places, with a reset at the start of each.
     A batch depends only on seed and step; the rows of all ranks are those of one process with B = L.
     Raises DataError if the stream is too short for one step.
@@ -564,9 +565,8 @@ class DataLoader:
 
 
 def _gather(tokens, starts, ends, block_size, eot):
-    """Rows of T inputs from each start, or as many as there are before its end, and their targets; padded with eot, so
-    that y = -1."""
-    ids = np.full((len(starts), block_size + 1), eot, dtype=np.int64)
+    """(x, y, reset) of T inputs from each start, fewer where its end comes first: what is left is eot, with y = -1."""
+    tokens, ids = np.asarray(tokens), np.full((len(starts), block_size + 1), eot, dtype=np.int64)
     for row, a, b in zip(ids, starts, np.minimum(starts + block_size, ends)):
         if a < b:
             row[: b - a + 1] = tokens[a : b + 1]
@@ -576,7 +576,6 @@ def _gather(tokens, starts, ends, block_size, eot):
 def eval_lanes(tokens, n_lanes: int, block_size: int, eot: int):
     """All of tokens in n_lanes contiguous lanes, each target once, for an evaluation that carries state: (x, y, reset),
     (n_lanes, T) each, as DataLoader's; reset also marks the start of each lane."""
-    tokens = np.asarray(tokens)
     n = len(tokens) - 1  # inputs that have a target
     length = -(-n // n_lanes)
     begin = np.arange(n_lanes) * length
@@ -590,7 +589,6 @@ def eval_lanes(tokens, n_lanes: int, block_size: int, eot: int):
 def eval_blocks(tokens, batch_size: int, block_size: int, eot: int):
     """All of tokens in consecutive blocks, each on its own, each target once, nanoGPT's protocol: (x, y, reset),
     (batch_size, T) each, as DataLoader's; reset also marks the start of each row."""
-    tokens = np.asarray(tokens)
     n = len(tokens) - 1  # inputs that have a target
     for start in range(0, n, batch_size * block_size):
         begin = start + np.arange(batch_size) * block_size
