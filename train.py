@@ -183,6 +183,7 @@ def unknown_key(key: str, where: str, flag: str = "") -> str:
 
 
 def read_flags(argv: list[str]) -> tuple[Path | None, dict, list[str]]:
+    """The file that --config names, the keys that are given as flags, mistakes."""
     parser = argparse.ArgumentParser(
         usage="uv run train.py [--config FILE] [--KEY VALUE ...]", allow_abbrev=False, exit_on_error=False,
         description="Train the model that current_configuration.json describes. Every key is also a flag, and flags "
@@ -205,7 +206,7 @@ def read_flags(argv: list[str]) -> tuple[Path | None, dict, list[str]]:
 
 
 def read_file(path: Path) -> tuple[dict, list[str]]:
-    """The file's keys in one flat dict, and its mistakes of form."""
+    """The file's keys at one level, those of "config" and those beside it, and its mistakes of form."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -229,8 +230,8 @@ def read_file(path: Path) -> tuple[dict, list[str]]:
 
 
 def merge(file: dict, flags: dict, where: str) -> tuple[dict, list[str], list[str]]:
-    """Flags over file. Lists given at one level must agree in length; where the flags set the number of layers, the
-    file's lists are cut to it or repeated, and its n_layer gives way. Returns the keys, notes on that, mistakes."""
+    """Flags over file; max_iters and epochs replace each other. Lists of one level must agree in length; where flags
+    set the number of layers, the file's lists are cut to it or repeated. Returns the keys, notes on that, mistakes."""
     notes, mistakes = [], []
     for level, name in ((file, where), (flags, "flags")):
         counts = layer_counts(level)
@@ -390,8 +391,7 @@ FIXED = (*GPTConfig.model_fields, "tokenizer", "batch_size", "gradient_accumulat
 
 def check_resumable(checkpoint: dict, settings: Settings, fingerprint: str, world_size: int):
     """A resumed run must be the same run: every key it depends on agrees with the checkpoint's."""
-    files = checkpoint["config"], settings.model_dump(by_alias=True)
-    then, now = (file | file["config"] for file in files)  # all keys at one level
+    then, now = (file | file["config"] for file in (checkpoint["config"], settings.model_dump(by_alias=True)))
     before = {key: then.get(key, KEYS[key].get_default(call_default_factory=True)) for key in FIXED}  # it may be older
     different = [f"{key} is {now[key]} but {before[key]} in the checkpoint" for key in FIXED if now[key] != before[key]]
     if len(checkpoint["rng"]) != world_size:
@@ -547,7 +547,7 @@ def to_device(batch, device: torch.device, fresh: bool):
     """(x, y, reset) on the device. On a CPU reset becomes None, which spares each layer its masks, where it marks
     nothing but the first position of rows whose state is fresh; compiled GPU code wants the same kind in every call."""
     x, y, reset = batch
-    matters = device.type != "cpu" or reset[:, 1 if fresh else 0:].any()
+    matters = device.type != "cpu" or reset[:, int(fresh):].any()
     later = device.type == "cuda"  # on MPS a copy may begin when its source is gone (pytorch issue 139550)
     return [None if t is None else t.to(device, non_blocking=later) for t in (x, y, reset if matters else None)]
 
@@ -698,7 +698,7 @@ class Run:
         if init_from == "scratch":
             return None
         if init_from == "resume":
-            self.found = checkpoints(self.folder)
+            self.found = checkpoints(self.folder)  # open_logs asks whether they still are all
             return newest_checkpoint(self.folder, self.say)
         checkpoint = self.pretrained() if names_a_hub_model(init_from) else load_checkpoint(Path(init_from))
         if checkpoint["tokenizer"] != self.tokenizer.name:
