@@ -454,6 +454,14 @@ class FractalBlock(nn.Module):
         return tuple(torch.zeros(B, self.kernel - 1, L * len(group) * self.width(group), device=device, dtype=dtype)
                      for c, group in self.groups.items() for L in units_together(self.budget(c)))
 
+    def past(self, state):
+        """An iterator over the states, as many None where the stream starts. ValueError for those of other levels."""
+        expected = sum(2 ** (self.budget(c) - 1) for c in self.groups)
+        if state is not None and len(state) != expected:
+            raise ValueError(f"fractal_levels: the state has {len(state)} entries a layer, this model's setting needs "
+                             f"{expected}; start a new state when the levels change")
+        return iter([None] * expected if state is None else state)
+
     def packed(self):
         """For each group of n modules of depth C, padded with zeros: convolutions (C, n H, w), matrices (C, n, H, H),
         transposed, join weights (C - 1, n, 1), 1 / true width and eps (n, 1)"""
@@ -493,12 +501,7 @@ class FractalBlock(nn.Module):
     def forward(self, x, state, reset):
         W_in, W_out = self.projections()
         z, gate = linear(x, W_in).chunk(2, dim=-1)  # (B, T, sum n H) each
-        expected = sum(2 ** (self.budget(c) - 1) for c in self.groups)
-        if state is not None and len(state) != expected:
-            raise ValueError(f"fractal_levels: the state has {len(state)} entries a layer, this model's setting needs "
-                             f"{expected}; start a new state when the levels change")
-        past = iter([None] * expected if state is None else state)
-        packed, code, calls = self.packed(), self.native_code(z, state, reset), []
+        past, packed, code, calls = self.past(state), self.packed(), self.native_code(z, state, reset), []
         outputs, z = [], z.split([conv.shape[1] for conv, *_ in packed], dim=-1)
         for (c, group), weights, z_g in zip(self.groups.items(), packed, z):
             z_g = z_g.unflatten(-1, (len(group), -1))  # (B, T, n, H)

@@ -223,7 +223,7 @@ def decode_mamba(mixer, state):
 
 def decode_fractal(mixer, state):
     W_in, W_out = map(product, mixer.projections())
-    packed, past = mixer.packed(), iter(state)
+    packed, past = mixer.packed(), mixer.past(state)
     groups = [decode_fractal_group(weights, mixer.budget(len(weights[0])), past) for weights in packed]
     sizes = [conv.shape[1] for conv, *_ in packed]
 

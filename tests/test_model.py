@@ -371,9 +371,12 @@ def test_fractal_join_keeps_the_mean_and_draws_per_row():
 def test_fractal_levels_are_fixed_for_the_life_of_a_state():
     model = make("fractal", fractal_depth_range=[3, 3]).eval()
     _, _, state = model(torch.zeros(1, 4, dtype=torch.long))
-    model.set_fractal_levels(2)
-    with pytest.raises(ValueError, match="fractal_levels"):
-        model(torch.zeros(1, 4, dtype=torch.long), state=state)
+    for levels in (1, 2):
+        model.set_fractal_levels(levels)
+        with pytest.raises(ValueError, match="fractal_levels"):
+            model(torch.zeros(1, 4, dtype=torch.long), state=state)
+        with pytest.raises(ValueError, match="fractal_levels"):
+            decoder(model, state)(torch.zeros(1, 1, dtype=torch.long))
 
 
 def test_level_drop_trains_every_truncation():
