@@ -178,7 +178,7 @@ def read_json(text: str):
 
 
 def unknown_key(key: str, where: str, flag: str = "") -> str:
-    nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(key.removeprefix("config."), KEYS, n=1, cutoff=0.5)
     return f"{where}: unknown key {flag}{key}" + (f"; the nearest is {flag}{nearest[0]}" if nearest else "")
 
 

@@ -194,6 +194,9 @@ def test_mistakes_in_the_file_name_file_key_value_and_nearest_key(folder, capsys
     for words in ("config.n_embed; the nearest is n_embd", "dropout is 1.5", "seed belongs outside",
                   "batch_size belongs inside", "devise; the nearest is device"):
         assert words in text
+    for key, nearest in ("dropot", "dropout"), ("bathc", "batch_size"), ("iters", "max_iters"):
+        file.write_text(json.dumps({"config": {key: 1}}))
+        assert f"config.{key}; the nearest is {nearest}" in "".join(refused(capsys, "--config", file))
     lines = refused(capsys, "--config", file, "--batch_size", 0, "--seed", -1)
     assert "--batch_size 0" in "".join(lines) and "--seed -1" in "".join(lines)
     file.write_text('{"config": {"n_embd": 64,}}')
