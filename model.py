@@ -139,13 +139,16 @@ class GPTConfig(BaseModel):
     def _draw_fractals(self) -> list[str]:
         """Depths C and widths H of every module, from fractal_seed alone; lists that are given stay as they are."""
         (a, b), (lo, hi) = self.fractal_depth_range, self.fractal_dim_range
+        mistakes = []
         if a > b:
-            return [f"fractal_depth_range: [{a}, {b}] is empty; the first must not exceed the second"]
+            mistakes.append(f"fractal_depth_range: [{a}, {b}] is empty; the first must not exceed the second")
         if b > 5:
-            return [f"fractal_depth_range: depth {b} is refused, at most 5: a module of depth C and width H costs "
-                    "(2^C - 1)(H^2 + w H) multiply-adds a token"]
+            mistakes.append(f"fractal_depth_range: depth {b} is refused, at most 5: a module of depth C and width H "
+                            "costs (2^C - 1)(H^2 + w H) multiply-adds a token")
         if -(-lo // 8) > hi // 8:
-            return [f"fractal_dim_range: [{lo}, {hi}] holds no multiple of 8"]
+            mistakes.append(f"fractal_dim_range: [{lo}, {hi}] holds no multiple of 8")
+        if mistakes:
+            return mistakes
         if (self.fractal_depths is None) != (self.fractal_dims is None):
             return ["fractal_depths: give it together with fractal_dims, or neither"]
         if self.fractal_depths is not None:

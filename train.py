@@ -256,14 +256,15 @@ def merge(file: dict, flags: dict, where: str) -> tuple[dict, list[str], list[st
     return merged | flags, notes, mistakes
 
 
-def explain(error: ValidationError, flags: dict, where: str) -> list[str]:
-    """One line for each key that pydantic found wrong: where it stands, its value, what is allowed."""
+def explain(error: ValidationError, flags: dict, where: str, rules: bool) -> list[str]:
+    """One line for each key that pydantic found wrong: where it stands, its value, what is allowed; and with rules, for
+    each rule between keys that is broken."""
     allowed: dict[str, list[str]] = {}
     values, lines = {}, []
     for e in error.errors():
         key = next((part for part in e["loc"] if part in KEYS), None)
         if key is None:  # a rule between keys: its message names them
-            for line in e["msg"].removeprefix("Value error, ").split("\n"):
+            for line in e["msg"].removeprefix("Value error, ").split("\n") if rules else []:
                 lines.append(f"{'flags' if line.partition(':')[0] in flags else where}: {line}")
             continue
         pattern = e["type"] == "string_pattern_mismatch"  # of the device
@@ -297,12 +298,11 @@ def load_config(argv: list[str] | None = None) -> Settings:
     file, file_mistakes = read_file(where)
     merged, notes, merge_mistakes = merge(file, flags, str(where))
     mistakes += file_mistakes + merge_mistakes
-    if not merge_mistakes:
-        try:
-            settings = Settings(config={k: v for k, v in merged.items() if k in Config.model_fields},
-                                **{k: v for k, v in merged.items() if k in OUTER})
-        except ValidationError as error:
-            mistakes += explain(error, flags, str(where))
+    try:
+        settings = Settings(config={k: v for k, v in merged.items() if k in Config.model_fields},
+                            **{k: v for k, v in merged.items() if k in OUTER})
+    except ValidationError as error:
+        mistakes += explain(error, flags, str(where), rules=not merge_mistakes)
     if not mistakes:
         try:
             choose_device(settings.device)

@@ -222,6 +222,18 @@ def test_mistakes_of_model_and_training_come_together(folder, capsys):
     assert "current_configuration.json: no such file" in line
 
 
+def test_mistakes_of_lengths_and_ranges_come_together(folder, capsys):
+    file = folder / "mine.json"
+    file.write_text(json.dumps({"config": {"n_embd": [8, 8], "n_head": [1], "dropout": 1.5}, "seed": -1}))
+    lines = refused(capsys, "--config", file)
+    assert len(lines) == 3
+    assert [words for words in ("n_embd has 2, n_head has 1", "dropout is 1.5", "seed is -1")
+            if not any(words in line for line in lines)] == []
+    lines = refused(capsys, "--fractal_depth_range", "7,6", "--fractal_dim_range", "9,15")
+    assert [line.split(": ")[2] for line in lines] == ["fractal_depth_range", "fractal_depth_range",
+                                                       "fractal_dim_range"]
+
+
 def test_of_several_processes_one_names_the_mistakes(folder, capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
