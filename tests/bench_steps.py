@@ -231,6 +231,9 @@ def decode(name, tokens):
         model = (hf_gpt2(**MAMBA, block_size=tokens + 16) if "GPT-2" in name else hf_mamba(**MAMBA)).eval()
         out = model(idx, use_cache=True)
         logits = out.logits[:, -1]
+    elif name == "nanoGPT":
+        model = NanoGPT(**MAMBA, heads=4, block_size=256).eval()
+        logits = model(idx)[:, -1]
     else:
         kind = "mamba" if "Mamba" in name else "standard"
         keys = {"ffn_mult": 0} if kind == "mamba" else {}
@@ -247,6 +250,9 @@ def decode(name, tokens):
             cache = "past_key_values" if "GPT-2" in name else "cache_params"
             out = model(token, **{cache: out[cache]}, use_cache=True)
             logits = out.logits[:, -1]
+        elif name == "nanoGPT":  # keeps no keys and values
+            idx = torch.cat((idx, token), dim=1)[:, -256:]
+            logits = model(idx)[:, -1]
         else:
             logits = step(token)
         seconds.append(time.perf_counter() - start)
@@ -254,7 +260,8 @@ def decode(name, tokens):
 
 
 def decoding(tokens):
-    names = ["ours, Mamba", "ours, attention over 256", "mamba.py", "transformers Mamba", "transformers GPT-2"]
+    names = ["ours, Mamba", "ours, attention over 256", "mamba.py", "transformers Mamba", "transformers GPT-2",
+             "nanoGPT"]
     title = f"decoding {tokens} tokens, 4 x 256"
     print(f"\n{title:42}{'ms/token':>10}{'first 10 %':>12}{'last 10 %':>12}{'/ ours':>8}")
     rows, tenth = [], tokens // 10
