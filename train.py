@@ -67,7 +67,8 @@ class Config(GPTConfig):
     max_iters: Count | None = Field(None, description="optimizer steps; null: as epochs says, or 2000")
     epochs: float | None = Field(
         None, gt=0, le=1e6, description="passes over the training split, in place of max_iters")
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for hidden matrices, AdamW elsewhere")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw, or muon: Muon for hidden matrices, AdamW elsewhere")
     learning_rate: PositiveFloat = Field(2e-3, description="highest learning rate")
     muon_learning_rate: PositiveFloat | None = Field(None, description="Muon's highest one; null: learning_rate")
     min_lr: NonNegativeFloat | None = Field(None, description="last learning rate; null: learning_rate / 10")
@@ -77,7 +78,8 @@ class Config(GPTConfig):
     beta1: Probability = Field(0.9, description="AdamW's first beta")
     beta2: Probability = Field(0.99, description="AdamW's second beta")
     grad_clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0: no clipping")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the matrix products")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the matrix products: auto, float32, bfloat16 or float16")
     eval_interval: Count = Field(250, description="steps between evaluations")
     eval_iters: Count | None = Field(None, description="batches of an evaluation; null: the validation split")
     eval_lanes: Count = Field(

@@ -250,6 +250,14 @@ def test_help_lists_every_key(capsys):
             assert f"--{key} VALUE" in text and field.description.split()[0] in text
 
 
+def test_descriptions_name_the_words_that_a_key_takes():
+    words = {key: re.findall(r"'(\w+)'", str(re.findall(r"Literal\[.*?\]", str(field.annotation))))
+             for key, field in train.KEYS.items()}
+    assert words["attention_type"][:3] == ["standard", "mamba", "fractal"]
+    assert [(key, word) for key, field in train.KEYS.items() for word in words[key]
+            if not re.search(rf"\b{word}\b", field.description)] == []
+
+
 def test_readme_lists_every_key():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [f"| `{key}` | `{json.dumps(field.get_default(call_default_factory=True))}` | {field.description} |"
