@@ -48,6 +48,7 @@ Mixer = Literal["standard", "mamba", "fractal"]
 MOST_LAYERS = 10000
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Depth = Annotated[int, Field(ge=1, le=5)]
 Multiple = Annotated[float, Field(ge=0, le=1000)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -99,8 +100,9 @@ class GPTConfig(BaseModel):
     fractal_drop: Probability = Field(0.05, description="training: a join takes a single branch with this probability")
     fractal_level_drop: Probability = Field(0.1, description="training: a module is cut to fewer levels with it")
     fractal_seed: int = Field(1337, description="seed of the depths and widths drawn for each module")
-    fractal_depths: list[list[int]] | None = Field(None, description="depth of each module of each layer; null: drawn")
-    fractal_dims: list[list[int]] | None = Field(None, description="width of each module of each layer; null: drawn")
+    fractal_depths: list[list[Depth]] | None = Field(
+        None, description="depth of each module of each layer; null: drawn")
+    fractal_dims: list[list[Count]] | None = Field(None, description="width of each module of each layer; null: drawn")
 
     @model_validator(mode="after")
     def _resolve(self):
@@ -134,7 +136,7 @@ class GPTConfig(BaseModel):
         if self.tie_weights is None:
             self.tie_weights = self.n_embd[0] == self.n_embd[-1]
         if self.position == "learned" and self.window < self.block_size:
-            mistakes.append(f"window: {self.window} with learned positions; it must be block_size = {self.block_size}")
+            mistakes.append(f"window: {self.window} with learned positions; at least block_size = {self.block_size}")
         return mistakes + self._draw_fractals()
 
     def _draw_fractals(self) -> list[str]:
@@ -156,9 +158,6 @@ class GPTConfig(BaseModel):
             shapes = [[len(row) for row in rows] for rows in (self.fractal_depths, self.fractal_dims)]
             if shapes[0] != shapes[1] or len(shapes[0]) != self.n_layer:
                 return [f"fractal_depths: one list a layer ({self.n_layer}), each as long as its list in fractal_dims"]
-            if any(not 1 <= C <= 5 for row in self.fractal_depths for C in row) or \
-               any(H < 1 for row in self.fractal_dims for H in row):
-                return ["fractal_depths: depths are 1 to 5 and fractal_dims at least 1"]
             empty = [i for i, row in enumerate(self.fractal_depths) if not row and self.attention_type[i] == "fractal"]
             return [f"fractal_depths: fractal layer {i} has no module" for i in empty]
         self.fractal_depths, self.fractal_dims = [], []

@@ -665,7 +665,7 @@ def test_feed_forward_is_its_formula(activation, f):
     (dict(ffn_mult=0.001), ("ffn_mult", "1 / width")),
     (dict(fractal_depths=[[]] * 4), ("fractal_depths", "together with fractal_dims")),
     (dict(fractal_depths=[[1], []], fractal_dims=[[8], [8]], n_layer=2), ("fractal_depths", "one list a layer (2)")),
-    (dict(fractal_depths=[[6]], fractal_dims=[[8]], n_layer=1), ("fractal_depths", "1 to 5")),
+    (dict(fractal_depths=[[6]], fractal_dims=[[8]], n_layer=1), ("fractal_depths", "less than or equal to 5")),
     (dict(fractal_depths=[[]], fractal_dims=[[]], n_layer=1, attention_type="fractal"), ("layer 0 has no module",)),
 ])
 def test_config_refuses(keys, words):

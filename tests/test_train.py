@@ -180,6 +180,9 @@ def test_flags_win_and_fit_the_files_lists(folder, capsys):
     (["--norm_eps", "1e308"], ["--norm_eps", "less than"]),
     (["--epochs", "1e308"], ["--epochs", "less than"]),
     (["--n_embd", "[" * 100000], ["--n_embd", "valid integer"]),
+    (["--position", "learned", "--window", "3"], ["window: 3", "at least block_size = 128"]),
+    (["--fractal_depths", "[[6]]", "--fractal_dims", "[[8]]"], ["--fractal_depths 6", "less than or equal to 5"]),
+    (["--fractal_depths", "[[1]]", "--fractal_dims", "[[0]]"], ["--fractal_dims 0", "greater than 0"]),
     (["stray"], ["stray"]),
 ])
 def test_mistakes_are_one_line_each(folder, capsys, flags, words):
