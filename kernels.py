@@ -1760,11 +1760,12 @@ if triton is not None:
 
 
 # PyTorch keeps compiled graphs on disk by the names of their operators, and what these save depends on the path
-NAMESPACE = "hybrid" + re.sub(r"\W", "", os.environ.get("KERNELS", ""))
+NAMESPACE = "hybrid" + re.sub(r"\W", "", "".join(os.environ.get(x, "") for x in ("KERNELS", "TRITON_INTERPRET")))
 
 
 def _backend(x):
-    """"torch", "triton" or "oracle": the environment's KERNELS, or what suits the device of x."""
+    """"torch", "triton" or "oracle": the environment's KERNELS, or what suits the device of x; on a CPU with
+    TRITON_INTERPRET=1 that is Triton."""
     forced = os.environ.get("KERNELS")
     if forced and forced not in ("torch", "triton", "oracle"):
         raise ValueError(f"KERNELS={forced}: choose torch, triton or oracle")
@@ -1772,7 +1773,8 @@ def _backend(x):
         raise RuntimeError("KERNELS=triton, but Triton is not installed: pip install triton, or unset KERNELS")
     if forced == "triton" and x.device.type == "cpu" and not INTERPRET:
         raise RuntimeError("KERNELS=triton needs a GPU, or TRITON_INTERPRET=1 beside it; or set KERNELS=torch")
-    suits = x.device.type == "cuda" and torch.version.hip is None and "triton" in IMPLEMENTATIONS  # inline PTX
+    inline_ptx = torch.version.hip is None
+    suits = "triton" in IMPLEMENTATIONS and {"cuda": inline_ptx, "cpu": INTERPRET}.get(x.device.type)
     backend = forced or ("triton" if suits else "torch")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("float64 is not for the Triton kernels; set KERNELS=torch")

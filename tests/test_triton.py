@@ -225,11 +225,12 @@ def _traffic():
 
 
 def main():
-    os.environ["KERNELS"] = "triton"
+    os.environ.pop("KERNELS", None)  # TRITON_INTERPRET is enough
     kernels.SEGMENT = 16  # so that few positions are several segments
     scan = lambda *x: kernels.selective_scan(*x[:8], True, x[8], None, True)  # noqa: E731
     conv = lambda *x: kernels.causal_conv1d(*x[:3], "silu", x[3], None, True, 2)  # noqa: E731
-    report = {"scan": {name: _scan(**case) for name, case in SCANS.items()},
+    report = {"path": kernels._backend(torch.empty(1)),
+              "scan": {name: _scan(**case) for name, case in SCANS.items()},
               "conv": {name: _conv(**case) for name, case in CONVS.items()},
               "law": {"scan": _chunks(scan, _scan_inputs(d=5, n=2), (0, 1, 3, 4, 6), 8, 8),
                       "conv": _chunks(conv, _conv_inputs(d=5, dilation=2), (0,), 3, 5)},
@@ -251,6 +252,10 @@ def interpreted():
 
 def _within(errors, limit):
     assert errors and max(errors.values()) < limit, {k: v for k, v in errors.items() if v >= limit}
+
+
+def test_the_interpreter_runs_triton_unasked(interpreted):
+    assert interpreted["path"] == "triton"
 
 
 @pytest.mark.parametrize("case", SCANS)
@@ -312,10 +317,10 @@ torch.compile(scan, fullgraph=True)(*inputs).sum().backward()
 
 @pytest.mark.slow
 def test_compiled_graphs_on_disk_are_of_one_path(tmp_path):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path),
-                                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    for path in ("torch", "triton"):  # the second finds what the first left
-        done = subprocess.run([sys.executable, "-c", COMPILED], env=environment | {"KERNELS": path},
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for forced, interpret in ("torch", "1"), ("triton", "1"), ("", "0"), ("", "1"):  # finds what those before it left
+        path = {"KERNELS": forced, "TRITON_INTERPRET": interpret}
+        done = subprocess.run([sys.executable, "-c", COMPILED], env=environment | path,
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
