@@ -640,7 +640,7 @@ def run(args):
         args.dtype = "bfloat16" if fast else "float32"
     file = args.score or args.encode
     kernels.COMPILE = file is not None and file.is_file() and file.stat().st_size >= COMPILE_FROM
-    print(f"{args.model_path}: step {checkpoint['step']:,}, val_loss {checkpoint['best_val_loss']:.4f}, "
+    print(f"{args.model_path}: step {checkpoint['step']:,}, lowest val_loss {checkpoint['best_val_loss']:.4f}, "
           f"{model.num_params():,} parameters, {tokenizer.name} tokens; {args.device}, {args.dtype}"
           + (f"; seed {args.seed}" if file is None else ""), file=sys.stderr)
     start = time.perf_counter()

@@ -399,6 +399,8 @@ def main():
     args = parser.parse_args()
     if args.interpreted:
         return print_check("triton, interpreted", "cpu", "triton")
+    if kernels.triton is not None and kernels.INTERPRET:
+        sys.exit("error: TRITON_INTERPRET=1 keeps Triton from compiling; unset it, the report interprets by itself")
     tasks = [] if kernels.triton is None else [(name, sm, dtype, reset) for name in KERNELS for sm in GPUS
                                                for dtype in (BF16, F32) for reset in (False, True)]
     with ProcessPoolExecutor(os.process_cpu_count(), multiprocessing.get_context("fork" if tasks else None)) as pool:

@@ -331,6 +331,13 @@ def test_report_compares_like_with_like():
     assert difference < 2e-6
 
 
+def test_report_refuses_to_compile_what_is_interpreted(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRET", True)
+    monkeypatch.setattr(kernel_report.sys, "argv", ["kernels.py"])
+    with pytest.raises(SystemExit, match="unset it"):
+        kernel_report.main()
+
+
 @pytest.mark.parametrize("name", kernel_report.KERNELS)
 @pytest.mark.parametrize("reset", [False, True])
 def test_nothing_of_the_size_of_all_states(name, reset):
