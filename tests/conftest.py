@@ -36,3 +36,12 @@ def gpt2_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
         yield cache
+
+
+@pytest.fixture
+def away():
+    """A device that is no CPU"""
+    from another_device import another_device
+
+    with another_device() as device:
+        yield device

@@ -551,6 +551,36 @@ def test_a_state_keeps_its_form(kind, T):
         assert forms[0] == forms[1]
 
 
+NOISE = dict(dropout=0.2, token_noise=0.2, ngram_dropout=0.3, fractal_drop=0.3, fractal_level_drop=0.3)
+LEARNED = dict(position="learned", window=8, norm="layernorm", bias=True, activation="gelu_tanh")
+
+
+@pytest.mark.parametrize("kind, keys", [*((kind, NOISE) for kind in MIXERS), ("hybrid", LEARNED)])
+def test_a_model_on_another_device_equals_the_cpu(away, kind, keys):
+    """The loss and the gradients of two blocks, the state carried, features, and what it writes; all of it is there."""
+    idx, boundaries = torch.randint(V, (3, 17)), torch.rand(3, 16) < 0.2
+    ways = {"temperature": 0.0}, dict(top_k=9, top_p=0.9, min_p=0.01, num_samples=2, repetition_penalty=1.3)
+
+    def outcome(device):
+        model, x, reset = make(kind, **keys).to(device), idx.to(device), boundaries.to(device)
+        torch.manual_seed(1)
+        state, total = model.initial_state(3), 0.0
+        for t in slice(0, 8), slice(8, 16):
+            _, loss, state = model(x[:, t], x[:, t.start + 1 : t.stop + 1], state=state, reset=reset[:, t])
+            state, total = model.next_block(state), total + loss
+        grads = torch.autograd.grad(total, [p for p in model.parameters() if p.numel()], allow_unused=True)
+        numbers = [total, *(g for g in grads if g is not None), model.eval().encode(x[:, :8])[0]]
+        draws = [torch.Generator(device).manual_seed(2) for _ in ways]
+        written = [torch.stack([*sample.generate(model, x, 12, generator=g, **way)]) for g, way in zip(draws, ways)]
+        assert {t.device for t in (*model.parameters(), *tensors(state), *numbers, *written)} == {device}
+        return [x.detach().cpu() for x in numbers], [x.tolist() for x in written]
+
+    (here, written), (there, written_there) = outcome(idx.device), outcome(away)
+    for a, b in zip(there, here, strict=True):
+        close(a, b)
+    assert written_there == written
+
+
 def test_autocast_leaves_the_residual_stream_in_float32(monkeypatch):
     import model as module
     dtypes, attend = [], module.attend

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from torch.utils.tensorboard import SummaryWriter
 
 import kernels
+import sample
 import train
 from model import GPT, GPTConfig, map_state
 from prepare import Tokenizer
@@ -365,6 +366,29 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(folder, capsys, monkeypa
     this = run("--max_iters", 2, "--compile", "layers")
     assert "warning: the layers could not be compiled, they run more slowly (RuntimeError: no g++)" in \
         capsys.readouterr().out and this.step == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_on_another_device(away, folder, optimizer):
+    """Training, also resumed, and samples: the losses are the CPU's; what it saved scores a file on both alike."""
+    flags = [*STILL, "--optimizer", optimizer, "--ngram_orders", "2,3", "--ngram_rows", 64, "--max_iters", 6,
+             "--checkpoint_interval", 3, "--eval_interval", 3, "--gradient_accumulation_steps", 2]
+
+    def losses(device, *more):
+        settings = train.load_config([*TINY, *map(str, flags), "--checkpoint_dir", device.type, *more])
+        this = train.Run(settings, device, 0, 1)
+        this.main()
+        return [m[key] for m in this.metrics for key in ("val_loss", "val_loss_reset") if key in m]
+
+    cpu, text = torch.device("cpu"), folder / "dataset/textwrap.py"
+    expected = losses(cpu)
+    assert losses(away) == pytest.approx(expected, rel=1e-3)
+    (folder / away.type / "checkpoint_step_000006.pt").unlink()
+    assert losses(away, "--init_from", "resume") == pytest.approx(expected, rel=1e-3)
+    models = [sample.load_model(folder / away.type / "best_model.pt", device)[0] for device in (cpu, away)]
+    scores = [sample.score(model, Tokenizer("byte"), text) for model in models]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+    assert sample.encode(models[1], Tokenizer("byte"), text, folder / "features.npy") == (scores[0][2], 8)
 
 
 def test_files_of_a_run(folder, monkeypatch):
