@@ -775,6 +775,8 @@ class Run:
             return "not compiled (compile is false)"
         if kind not in ("cpu", "cuda"):
             return f"not compiled (not supported on {kind})"
+        if kind == "cuda" and kernels.triton is None:
+            return "not compiled (Triton is not installed)"
         if kind == "cuda" and torch.cuda.get_device_capability(self.device) < (7, 0):
             return "not compiled (this GPU is too old for Triton)"
         if kind == "cuda" and not self.sharded:

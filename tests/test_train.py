@@ -345,6 +345,19 @@ def test_compiled_layers_train_as_they_are_written(folder, capsys, monkeypatch):
     assert_resume_is_exact(folder, 8, *common, "--dropout", "0.1")
 
 
+def test_what_a_gpu_compiles(folder, monkeypatch):
+    """Nothing where there is no Triton, as on Windows, or where the GPU is too old for it."""
+    this = made("--compile", "true")
+    this.device = torch.device("cuda")
+    monkeypatch.setattr(kernels, "COMPILE", True)
+    for triton, capability, said in ((None, (8, 0), "not compiled (Triton is not installed)"),
+                                     (torch, (6, 1), "not compiled (this GPU is too old for Triton)"),
+                                     (torch, (8, 0), "compiled")):
+        monkeypatch.setattr(kernels, "triton", triton)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert this.compile() == said and (this.step_model is this.model) == (said != "compiled")
+
+
 def test_every_kind_of_layer_stays_compiled(monkeypatch):
     """With boundaries and without, with a state and without, however many kinds of layers there are."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
