@@ -103,7 +103,7 @@ def causal_conv1d_oracle(x, weight, bias=None, activation=None, initial_state=No
     return (y, final) if return_final_state else y
 
 
-# ---------------------------------------------------------------- the scan in plain torch, eager
+# ---------------------------------------------------------------- plain torch: the scan
 #
 # The state is kept as (b, n, d), channels innermost, so that every product runs along contiguous channels. Time goes in
 # chunks of T positions; a chunk's decays and states, (b, T, n, d) for one tile of batch and channels, are the only
@@ -163,7 +163,7 @@ def _saved_parts(saved, b, l, d, n):
     return states.view(-1, b, n, d), ungated.view(b, -1, d)
 
 
-def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
+def _scan_fwd_plain(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
     f = _state_dtype(u)
     (b, l, d), n = u.shape, A.shape[1]
     last = torch.empty(b, n, d, dtype=f, device=u.device)
@@ -190,7 +190,7 @@ def _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     return y.to(u.dtype), last.transpose(1, 2).contiguous(), saved
 
 
-def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
+def _scan_bwd_plain(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
     """With g_t the gradient of h_t:  g_t = C_t dy_t + a_(t+1) g_(t+1),  a_t = exp(dt_t A), everything else follows from
 
         dC_t = sum_d h_t dy_t    dB_t = sum_d g_t dt_t u_t    du_t = dt_t sum_n g_t B_t + D dy_t
@@ -250,7 +250,7 @@ def _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
     return du, ddelta, dA.t(), dB, dC, dD, dz, dbias, dg.transpose(1, 2)
 
 
-# ---------------------------------------------------------------- the convolution in plain torch, eager
+# ---------------------------------------------------------------- plain torch: the convolution
 
 def _taps(x, W, dilation, initial_state, reset):
     """The rows that the taps read, (b, span + l, d), the masks (b, l, 1) of those in the same document as the position
@@ -270,7 +270,7 @@ def _where(mask, x):
     return x if mask is None else x.masked_fill(~mask, 0)
 
 
-def _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation):
+def _conv_fwd_plain(x, weight, bias, silu, initial_state, reset, dilation):
     f, l = _state_dtype(x), x.shape[1]
     rows, same, tail = _taps(x, weight.shape[1], dilation, initial_state, reset)
     y = _convolved(rows, same, weight.t().to(f).contiguous(), bias, dilation)
@@ -290,7 +290,7 @@ def _convolved(rows, same, weight, bias, dilation):
     return y
 
 
-def _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
+def _conv_bwd_plain(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
     f, (b, l, d), W = _state_dtype(x), x.shape, weight.shape[1]
     rows, same, tail = _taps(x, W, dilation, initial_state, reset)
     span, rows, weight = rows.shape[1] - l, rows.to(f), weight.t().to(f).contiguous()  # (W, d)
@@ -457,7 +457,7 @@ def _chunk_fwd(u, delta, z, B, C, halvings, D, bias, h, y, out, h_out, reset=Non
 
 def _chunk_bwd(dy, u, delta, z, out, B, C, A, halvings, D, bias, h, g, dA, dD, dbias, du, ddelta, dz, dB, dC, g_out,
                dA_out, dD_out, dbias_out, reset=None, *, softplus, gated):
-    """The gradients of one chunk, by the formulas of _scan_bwd_eager. h is the state before it, out what _chunk_fwd
+    """The gradients of one chunk, by the formulas of _scan_bwd_plain. h is the state before it, out what _chunk_fwd
     gave, g (b, n, d) the gradient of the state after it; dA (b, n, d), dD and dbias (b, d) are sums so far."""
     dy, u, delta, z, out, du, ddelta, dz = flat(dy, u, delta, z, out, du, ddelta, dz)
     dy, u, delta, z = dy.float(), u.float(), delta.float(), z.float()
@@ -730,9 +730,10 @@ def _scan_native(kernel, u, delta, A, z, delta_bias, delta_softplus):
 
 
 def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
+    """By native code, chunk by chunk, or where there is none by _scan_fwd_plain. So are the three other *_torch."""
     native = _scan_native(CHUNK_FWD, u, delta, A, z, delta_bias, delta_softplus)
     if native is None:
-        return _scan_fwd_eager(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save)
+        return _scan_fwd_plain(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save)
     (b, l, d), n, gated = u.shape, A.shape[1], z is not None
     whole, new = d + -d % VECTOR, partial(torch.empty, dtype=torch.float32, device=u.device)
     dtype, g = _native_dtype(u, delta, z), _groups(b, whole)
@@ -760,7 +761,7 @@ def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
 def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, saved):
     native = _scan_native(CHUNK_BWD, u, delta, A, z, delta_bias, delta_softplus)
     if native is None:
-        return _scan_bwd_eager(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
+        return _scan_bwd_plain(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
                                saved)
     (b, l, d), n, gated, A = u.shape, A.shape[1], z is not None, A.t().float().contiguous()
     whole, new = d + -d % VECTOR, partial(torch.empty, dtype=torch.float32, device=u.device)
@@ -797,7 +798,7 @@ def _conv_native(kernel, x, weight, silu, reset, dilation):
 def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
     native = _conv_native(TAPS[0], x, weight, silu, reset, dilation)
     if native is None:
-        return _conv_fwd_eager(x, weight, bias, silu, initial_state, reset, dilation)
+        return _conv_fwd_plain(x, weight, bias, silu, initial_state, reset, dilation)
     rows, _, _ = _taps(x, weight.shape[1], 1, initial_state, None)
     y = torch.empty(*x.shape[:2], x.shape[2] + -x.shape[2] % VECTOR, dtype=_native_dtype(x), device=x.device)
     native([*_side_by_side(rows, weight, bias), blocks(y[:, None])])
@@ -807,7 +808,7 @@ def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
 def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
     native = None if dy is None else _conv_native(TAPS[1], x, weight, silu, reset, dilation)
     if native is None:
-        return _conv_bwd_eager(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation)
+        return _conv_bwd_plain(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation)
     (_, l, d), span = x.shape, weight.shape[1] - 1
     rows, _, _ = _taps(x, span + 1, 1, initial_state, None)
     dy = blocks(_whole(dy.to(_native_dtype(x))).contiguous())
@@ -1927,6 +1928,7 @@ _eager_conv = _differentiable("causal_conv1d", conv_fwd, conv_bwd, run_conv_fwd,
 
 
 def _eager(x):
+    """Whether a call goes past the operators: one that is not compiled, of no subclass of Tensor, on a CPU or GPU"""
     usual = type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda")
     return usual and not torch.compiler.is_compiling()
 
