@@ -401,8 +401,8 @@ def _code_rules():
         yield
 
 
-def _keep(x):
-    """x, which Inductor now stores once instead of computing it again wherever it is used."""
+def _realized(x):
+    """x, which Inductor now computes once and stores, instead of computing it again at each use"""
     return x.as_strided(x.shape, x.stride())
 
 
@@ -411,7 +411,7 @@ def _chunk_states(a, x, h, reset):
     before, after = [], []
     for t, (a_t, x_t) in enumerate(zip(a, x)):
         before.append(h if reset is None else h.masked_fill(reset[:, t, None, None], 0))
-        h = _keep(a_t * before[t] + x_t)  # (2a)
+        h = _realized(a_t * before[t] + x_t)  # (2a)
         after.append(h)
     return before, after
 
@@ -420,7 +420,7 @@ def _chunk_grads(a, x, g, reset):
     """The gradients g_t = x_t + a_(t+1) g_(t+1) of the states, and that of the state before, from a_(T) g_(T) = g."""
     gs = [None] * len(a)
     for t in reversed(range(len(a))):
-        gs[t] = _keep(g + x[t])
+        gs[t] = _realized(g + x[t])
         g = a[t] * gs[t]
         g = g if reset is None else g.masked_fill(reset[:, t, None, None], 0)
     return gs, g
@@ -443,8 +443,8 @@ def _chunk_fwd(u, delta, z, B, C, halvings, D, bias, h, y, out, h_out, reset=Non
     u, delta, z = u.float(), delta.float(), z.float()
     halvings, h, h_out = (x.transpose(1, 2) for x in (halvings, h, h_out))  # (b, d, n): the loop over n is innermost
     raw = delta + bias[:, None]
-    dt = _keep(F.softplus(raw) if softplus else raw)
-    v = _keep(dt * u)
+    dt = _realized(F.softplus(raw) if softplus else raw)
+    v = _realized(dt * u)
     a = (0.5 ** (dt[..., None] * halvings[:, None])).unbind(1)  # (4)
     _, states = _chunk_states(a, (v[..., None] * B[:, :, None]).unbind(1), h, reset)
     x = torch.stack([(h_t * C_t).sum(-1) for h_t, C_t in zip(states, C[:, :, None].unbind(1))], 1)  # (2b)
@@ -464,12 +464,12 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, halvings, D, bias, h, g, dA, dD, d
     A, halvings, h, g, dA, g_out, dA_out = flat(A, halvings, h, g, dA, g_out, dA_out)
     D, bias, dD, dbias, dD_out, dbias_out = flat(D, bias, dD, dbias, dD_out, dbias_out)
     raw = delta + bias[:, None]
-    dt = _keep(F.softplus(raw) if softplus else raw)
-    v = _keep(dt * u)
+    dt = _realized(F.softplus(raw) if softplus else raw)
+    v = _realized(dt * u)
     w = dy  # the gradient of y before the gate
     if gated:
         s = torch.sigmoid(z)
-        w = _keep(dy * z * s)
+        w = _realized(dy * z * s)
         dz.copy_(dy * out * s * (1 + z * (1 - s)))
     # dB and dC are sums over d: loops over d, innermost
     v_n, w_n, B_n, C_n = v[:, :, None], w[:, :, None], B[..., None], C[..., None]  # (b, T, n, d)
@@ -488,7 +488,7 @@ def _chunk_bwd(dy, u, delta, z, out, B, C, A, halvings, D, bias, h, g, dA, dD, d
     gB = torch.stack([(g_t * B_t).sum(-1) for g_t, B_t in zip(grads, B_d.unbind(1))], 1)
     xs = [g_t * (a_t * h_t) for g_t, a_t, h_t in zip(grads, a, before)]
     dx = gB * u + torch.stack([(x * A).sum(-1) for x in xs], 1)
-    dx = _keep(dx * torch.where(raw > 20, 1.0, torch.sigmoid(raw)) if softplus else dx)
+    dx = _realized(dx * torch.where(raw > 20, 1.0, torch.sigmoid(raw)) if softplus else dx)
     du.copy_(gB * dt + D[:, None] * w)
     ddelta.copy_(dx)
     g_out.copy_(g)
@@ -519,7 +519,7 @@ def _taps_bwd(dy, rows, weight, bias, *, silu):
         y = sum((x * tap for x, tap in zip(weights, taps)), bias[:, None])
         s = torch.sigmoid(y)
         dy = dy * s * (1 + y * (1 - s))
-    dy = _keep(dy)
+    dy = _realized(dy)
     padded = F.pad(dy, (0, 0, W - 1, W - 1))  # not kept: a kept one would be one more pass over memory
 
     def grad(first, length):
@@ -1798,7 +1798,7 @@ def run_scan_fwd(u, *args):
 
 def run_scan_bwd(dy, dlast, u, *args):
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state; an empty tensor for an absent one."""
-    return _fill(IMPLEMENTATIONS[_backend(u)][1](dy, dlast, u, *args), (u, *args), SCAN_GRADS)
+    return _for_operator(IMPLEMENTATIONS[_backend(u)][1](dy, dlast, u, *args), (u, *args), SCAN_GRADS)
 
 
 def run_conv_fwd(x, *args):
@@ -1808,11 +1808,11 @@ def run_conv_fwd(x, *args):
 
 def run_conv_bwd(dy, dfinal, x, *args):
     """The gradients of x, weight, bias and initial_state; an empty tensor for an absent one."""
-    return _fill(IMPLEMENTATIONS[_backend(x)][3](dy, dfinal, x, *args), (x, *args), CONV_GRADS)
+    return _for_operator(IMPLEMENTATIONS[_backend(x)][3](dy, dfinal, x, *args), (x, *args), CONV_GRADS)
 
 
-def _fill(grads, args, wanted):
-    """One gradient for each wanted argument, contiguous and in its dtype; an empty tensor for an absent one."""
+def _for_operator(grads, args, wanted):
+    """A gradient for each wanted argument, contiguous and in its dtype; an empty tensor for an absent one"""
     return tuple(torch.empty(0, device=args[0].device) if args[i] is None else g.to(args[i].dtype).contiguous()
                  for g, i in zip(grads, wanted))
 
@@ -1844,18 +1844,17 @@ def _(x, weight, bias, silu, initial_state, reset, dilation):
     return x.new_empty(x.shape), x.new_empty(b, (weight.shape[1] - 1) * dilation, d)
 
 
-def _keep_args(ctx, args):
-    """args for the backward pass, the tensors where autograd watches over them"""
+def _save_args(ctx, args):
     ctx.others = [None if isinstance(x, Tensor) else x for x in args]
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
 
 
-def _kept_args(ctx):
+def _saved_args(ctx):
     return [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.others)]
 
 
-def _for_each(args, grads, wanted):
-    """For autograd: a gradient for each of args, None for one that is absent or not wanted."""
+def _for_autograd(grads, args, wanted):
+    """A gradient for each of args, None for one that is absent or not wanted"""
     grads = dict(zip(wanted, grads))
     return tuple(None if x is None else grads.get(i) for i, x in enumerate(args))
 
@@ -1887,27 +1886,28 @@ def _differentiable(function, fwd, bwd, run_fwd, run_bwd, wanted, oracle):
 
     def setup(ctx, inputs, output):
         saved = output[2:]
-        _keep_args(ctx, (*inputs[: len(inputs) - len(saved)], *saved))  # instead of `save` what it saved
+        _save_args(ctx, (*inputs[: len(inputs) - len(saved)], *saved))  # instead of `save` what it saved
         ctx.set_materialize_grads(False)
 
     def grad(ctx, dy, dlast, *_, bwd=bwd):
-        args = _kept_args(ctx)
-        return _for_each(args, bwd(dy, dlast, *args), wanted)
+        args = _saved_args(ctx)
+        return _for_autograd(bwd(dy, dlast, *args), args, wanted)
 
     def bwd_grad(ctx, *cotangents):
-        dy, dlast, *args = _kept_args(ctx)
+        dy, dlast, *args = _saved_args(ctx)
         if _backend(args[0]) == "triton":
             raise RuntimeError(f"{function}: no second derivatives through the Triton kernels; set KERNELS=torch")
         ddy, ddlast, *grads = _double_backward(oracle, args, wanted, (dy, dlast), cotangents)
-        return ddy, ddlast, *_for_each(args, grads, wanted)
+        return ddy, ddlast, *_for_autograd(grads, args, wanted)
 
     @bwd.register_fake
     def _(dy, dlast, *args):
-        return _fill([None if args[i] is None else args[i].new_empty(args[i].shape) for i in wanted], args, wanted)
+        grads = [None if args[i] is None else args[i].new_empty(args[i].shape) for i in wanted]
+        return _for_operator(grads, args, wanted)
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *args):  # autograd itself would call setup_context, after 0.1 ms with the signature of forward
+        def forward(ctx, *args):  # with a setup_context autograd would look at its signature first, 0.1 ms a call
             output = run_fwd(*args)
             setup(ctx, args, output)
             return output
@@ -1917,7 +1917,7 @@ def _differentiable(function, fwd, bwd, run_fwd, run_bwd, wanted, oracle):
             return grad(ctx, *douts, bwd=bwd if torch.is_grad_enabled() else run_bwd)
 
     fwd.register_autograd(grad, setup_context=setup)
-    bwd.register_autograd(bwd_grad, setup_context=lambda ctx, inputs, output: _keep_args(ctx, inputs))
+    bwd.register_autograd(bwd_grad, setup_context=lambda ctx, inputs, output: _save_args(ctx, inputs))
     return Eager.apply
 
 
