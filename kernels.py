@@ -252,9 +252,10 @@ def _scan_bwd_plain(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
 
 # ---------------------------------------------------------------- plain torch: the convolution
 
-def _taps(x, W, dilation, initial_state, reset):
-    """The rows that the taps read, (b, span + l, d), the masks (b, l, 1) of those in the same document as the position
-    that reads them, one mask a tap, and (b, span, 1) for the rows that become the final state."""
+def _rows_and_masks(x, W, dilation, initial_state, reset):
+    """rows (b, span + l, d): the state, then x; tap w reads row t + w dilation from position t. For each tap the mask
+    (b, l, 1) of rows in the document of the position that reads them, and one (b, span, 1) for the final state. None
+    stands for a mask that hides nothing."""
     b, l, d = x.shape
     span = (W - 1) * dilation
     state = x.new_zeros(b, span, d) if initial_state is None else initial_state.to(x.dtype)
@@ -266,23 +267,15 @@ def _taps(x, W, dilation, initial_state, reset):
     return rows, same, document[:, l:] == document[:, -1:]
 
 
-def _where(mask, x):
+def _masked(x, mask):
     return x if mask is None else x.masked_fill(~mask, 0)
-
-
-def _conv_fwd_plain(x, weight, bias, silu, initial_state, reset, dilation):
-    f, l = _state_dtype(x), x.shape[1]
-    rows, same, tail = _taps(x, weight.shape[1], dilation, initial_state, reset)
-    y = _convolved(rows, same, weight.t().to(f).contiguous(), bias, dilation)
-    return (F.silu(y, inplace=True) if silu else y).to(x.dtype), _where(tail, rows[:, l:]).clone()
 
 
 def _convolved(rows, same, weight, bias, dilation):
     """The sum of the taps, (b, l, d); weight (W, d): the numbers of a tap side by side, so that vectors take them"""
-    span = (len(weight) - 1) * dilation
-    y = None
+    l, y = rows.shape[1] - (len(weight) - 1) * dilation, None
     for w, weight_w in enumerate(weight):
-        x = _where(same[w], rows[:, w * dilation : rows.shape[1] - span + w * dilation]).to(weight.dtype)
+        x = _masked(rows[:, w * dilation : w * dilation + l], same[w]).to(weight.dtype)
         if y is not None:
             y.addcmul_(x, weight_w)
         else:
@@ -290,21 +283,28 @@ def _convolved(rows, same, weight, bias, dilation):
     return y
 
 
+def _conv_fwd_plain(x, weight, bias, silu, initial_state, reset, dilation):
+    f, l = _state_dtype(x), x.shape[1]
+    rows, same, tail = _rows_and_masks(x, weight.shape[1], dilation, initial_state, reset)
+    y = _convolved(rows, same, weight.t().to(f).contiguous(), bias, dilation)
+    return (F.silu(y, inplace=True) if silu else y).to(x.dtype), _masked(rows[:, l:], tail).clone()
+
+
 def _conv_bwd_plain(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
     f, (b, l, d), W = _state_dtype(x), x.shape, weight.shape[1]
-    rows, same, tail = _taps(x, W, dilation, initial_state, reset)
+    rows, same, tail = _rows_and_masks(x, W, dilation, initial_state, reset)
     span, rows, weight = rows.shape[1] - l, rows.to(f), weight.t().to(f).contiguous()  # (W, d)
     dy = rows.new_zeros(b, l, d) if dy is None else dy.to(f)
     if silu:
         dy = torch.ops.aten.silu_backward(dy, _convolved(rows, same, weight, bias, dilation))
     drows, dweight, product = torch.zeros_like(rows), torch.empty_like(weight), torch.empty_like(dy)
     if dfinal is not None:
-        drows[:, l:] += _where(tail, dfinal.to(f))
+        drows[:, l:] += _masked(dfinal.to(f), tail)
     for w in range(W):
         seen = slice(w * dilation, w * dilation + l)
-        dy_w = _where(same[w], dy)
+        dy_w = _masked(dy, same[w])
         drows[:, seen].addcmul_(dy_w, weight[w])
-        dweight[w] = torch.mul(dy_w, _where(same[w], rows[:, seen]), out=product).sum((0, 1))
+        dweight[w] = torch.mul(dy_w, _masked(rows[:, seen], same[w]), out=product).sum((0, 1))
     dbias = rows.new_zeros(0) if bias is None else dy.sum((0, 1))
     return drows[:, span:].clone(), dweight.t(), dbias, drows[:, :span].clone()
 
@@ -799,7 +799,7 @@ def _conv_fwd_torch(x, weight, bias, silu, initial_state, reset, dilation):
     native = _conv_native(TAPS[0], x, weight, silu, reset, dilation)
     if native is None:
         return _conv_fwd_plain(x, weight, bias, silu, initial_state, reset, dilation)
-    rows, _, _ = _taps(x, weight.shape[1], 1, initial_state, None)
+    rows, _, _ = _rows_and_masks(x, weight.shape[1], 1, initial_state, None)
     y = torch.empty(*x.shape[:2], x.shape[2] + -x.shape[2] % VECTOR, dtype=_native_dtype(x), device=x.device)
     native([*_side_by_side(rows, weight, bias), blocks(y[:, None])])
     return y[..., : x.shape[2]].to(x.dtype).contiguous(), rows[:, x.shape[1] :].clone()
@@ -810,7 +810,7 @@ def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
     if native is None:
         return _conv_bwd_plain(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation)
     (_, l, d), span = x.shape, weight.shape[1] - 1
-    rows, _, _ = _taps(x, span + 1, 1, initial_state, None)
+    rows, _, _ = _rows_and_masks(x, span + 1, 1, initial_state, None)
     dy = blocks(_whole(dy.to(_native_dtype(x))).contiguous())
     grads = native([dy[:, None], *_side_by_side(rows, weight, bias)])
     dx, dstate, dweight, dbias = (grad.squeeze(dim)[..., :d] for grad, dim in zip(grads, (1, 1, 0, 0)))
@@ -1715,7 +1715,7 @@ if triton is not None:
             final = torch.cat([x.new_zeros(b, span - l, d) if state is None else state[:, l:], x], 1)
         if reset is not None:
             tail = document[:, l - span :] if l >= span else F.pad(document, (span - l, 0))
-            final = _where((tail == document[:, -1:])[..., None], final)
+            final = _masked(final, (tail == document[:, -1:])[..., None])
         return y, final.clone(memory_format=torch.contiguous_format)
 
     def _conv_bwd_triton(dy, dfinal, x, weight, bias, silu, initial_state, reset, dilation):
