@@ -431,7 +431,7 @@ class NativeUnits(torch.autograd.Function):
         inverse_H, eps = inverse_H[:, 0], eps[:, 0]
         rows = blocks(z.new_empty(B, n, w - 1 + T, H, dtype=float32))
         start, x, end = rows[:, :, : w - 1], rows[:, :, w - 1 :], rows[:, :, T:]
-        start.copy_(start.zero_() if past is None else along_time(past.view(B, w - 1, n, H)))
+        start[:] = 0 if past is None else along_time(past.view(B, w - 1, n, H))
         r_z, r = z.new_empty(B, n, T, dtype=float32), z.new_empty(L, B, n, T, dtype=float32)
         code.norm[z.dtype].fwd([along_time(z), inverse_H, eps, x, r_z])
         v, no_bias = z.new_empty(L, n, B, T, H, dtype=M.dtype), torch.zeros_like(conv[0, :, 0])

@@ -169,8 +169,8 @@ def _scan_fwd_plain(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     last = torch.empty(b, n, d, dtype=f, device=u.device)
     saved = last.new_empty(_saved_size(b, l, d, n, z is not None, save))
     states, ungated = _saved_parts(saved, b, l, d, n)
-    states = [*states.unbind(0), last] if save else [last] * (math.ceil(l / CHUNK) + 1)
-    states[0].copy_(states[0].zero_() if initial_state is None else initial_state.transpose(1, 2))
+    states = [*states.unbind(0), last] if save else [last] * (-(-l // CHUNK) + 1)
+    states[0][:] = 0 if initial_state is None else initial_state.transpose(1, 2)
     u_f, B, C = u.to(f).contiguous(), B.to(f), C.to(f)
     A2 = (A.t().to(f) / math.log(2)).contiguous()  # (n, d)
     dt = _step_sizes(delta, delta_bias, delta_softplus, f)
@@ -669,7 +669,7 @@ def _native(kernel, device, dtype, elements, n, **options):
 
 def _chunks(l, *xs):
     """For each chunk of time the parts of every x, (b, T, ..), None for an absent one."""
-    absent = [None] * math.ceil(l / CHUNK)
+    absent = [None] * -(-l // CHUNK)
     return list(zip(*(absent if x is None else x.unsafe_split(CHUNK, 1) for x in xs)))  # views, in the fewest calls
 
 
@@ -747,7 +747,7 @@ def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     in_turn = [_rows_d(h, g) for h in (last, torch.empty_like(last))]
     states = ([*_rows_d(states, g).unbind(0), in_turn[0]] if save
               else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)])
-    states[0].copy_(states[0].zero_() if initial_state is None else _rows_d(initial_state.transpose(1, 2), g))
+    states[0][:] = 0 if initial_state is None else _rows_d(initial_state.transpose(1, 2), g)
     unread, native = new(b, CHUNK, whole), _repeated(native)
     outs = _rows_d(ungated, g).split(CHUNK, 1) if save and gated else [_rows_d(unread, g)] * len(chunks)
     for (*x, y_t, reset_t), out, h, h_out in zip(chunks, outs, states, states[1:]):
