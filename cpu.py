@@ -7,9 +7,8 @@ without this file. Classes named ..CPU are torch with a gradient made by hand. T
 which Inductor makes of the small functions above them (`native_code` in kernels.py), where `compile` is on and enough
 is to be computed to be worth it.
 
-Letters: B, T, C, nh, hs, W as in model.py, n modules of a fractal, H their width. Of native code: b batch, q what
-stands side by side (heads, modules), l positions, c blocks of v = VECTOR channels, d all of them. A kernel is such a
-function and the shapes of its tensors, as `_compiled` in kernels.py reads them.
+Letters: B, T, C, nh, hs, W as in model.py, n modules of a fractal, H their width. Of native code: d for all channels,
+and those of kernels.py ("native code: what is compiled"), where it says how to read the shapes of a kernel.
 """
 
 import functools
@@ -126,7 +125,7 @@ def _stream_norm_bwd(dy, dtotal, total, r, inverse, gain, dx, dmore=None):
 
 NORM = (_norm_fwd, "~bqlcv' q q bqlcv' bql"), (_norm_bwd, "bqlcv' ~bqlcv' bql q ~bqlcv'")
 STREAM_NORM = (_stream_norm_fwd, "blcv q q cv ~blcv bl"), (_stream_norm_bwd, "~blcv blcv blcv bl q cv blcv")
-ADD_NORM = tuple((f, f"{letters} {more}") for (f, letters), more in zip(STREAM_NORM, ("~blcv blcv", "~blcv")))
+ADD_NORM = tuple((f, f"{shapes} {more}") for (f, shapes), more in zip(STREAM_NORM, ("~blcv blcv", "~blcv")))
 HEAD_NORM = (_norm_fwd, "~bqlcv' q q ~bqlcv' bql qcv"), (_norm_bwd, "~bqlcv' ~bqlcv' bql q ~bqlcv' qcv")
 
 

@@ -309,97 +309,18 @@ def _conv_bwd_plain(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
     return drows[:, span:].clone(), dweight.t(), dbias, drows[:, :span].clone()
 
 
-# ---------------------------------------------------------------- the same, compiled for the CPU at hand
+# ---------------------------------------------------------------- native code: what is compiled
 #
-# Each function below is written in torch, for one chunk or one convolution, and runs as it stands or as the native code
-# that Inductor makes of it: vectors along channels, any batch, length and width. A chunk's outputs are views, its last
-# arguments. cpu.py has more of the kind.
-
-@contextlib.contextmanager
-def _code_rules():
-    """Within, Inductor makes polynomials of 0.5 ** m, sigmoid and softplus, where calls would cost the most, reads the
-    bits of a vector as they are, takes as many channels side by side in bfloat16 as in float32 and stores them without
-    a mask, and puts the sums of equal loops into one loop nest before anything else, although no two of them read the
-    same."""
-    from unittest.mock import patch  # as Inductor itself does
-
-    from torch._inductor.choices import InductorChoices
-    from torch._inductor.codegen import cpp
-    from torch._inductor.codegen.cpp import DTYPE_TO_CPP, CppVecKernel, CppVecOverrides
-    from torch._inductor.lowering import lowerings, make_pointwise
-    from torch._inductor.virtualized import V, ops
-
-    class SumsTogether(InductorChoices):
-        @staticmethod
-        def can_fuse(scheduler, node1, node2, shared_data_score):
-            return InductorChoices.can_fuse(scheduler, node1, node2, max(1, shared_data_score))
-
-        @staticmethod
-        def score_fusion(scheduler, node1, node2):
-            sums = node1.is_reduction() and node2.is_reduction()
-            return sums, InductorChoices.score_fusion(scheduler, node1, node2)
-
-    def vector_bits(x, dtype, src_dtype):
-        # its own way is a loop over the lanes in memory, which GCC makes ten times as slow where it prefers 256 bits
-        return f"at::vec::cast<{DTYPE_TO_CPP[dtype]}, {DTYPE_TO_CPP[src_dtype]}>({x})"
-
-    def store(kernel, value, var, index, dtype, *args):
-        # 16 of 32 lanes of bfloat16 it stores behind a mask, and a load of what lies behind these 16 waits for that
-        code, masked = usual_store(kernel, value, var, index, dtype, *args), r"(\w+)\.store\((.+), \S+\(16L?\)\);"
-        return code.map(lambda x: re.sub(masked, r"std::memcpy(\2, &\1, 32);", x)) if dtype == torch.bfloat16 else code
-
-    def number(value):
-        return ops.constant(value, torch.float32)
-
-    def polynomial(x, first, *rest):
-        y = number(first)
-        for coefficient in rest:
-            y = y * x + number(coefficient)
-        return y
-
-    def bits(x):
-        return ops.to_dtype_bitcast(x, torch.int32, torch.float32)
-
-    def from_bits(i):
-        return ops.to_dtype_bitcast(i, torch.float32, torch.int32)
-
-    def halve(m):
-        """2^-m for m > -128, relative error below 1.7e-7: 2^-round(m) goes into the exponent's bits, a polynomial gives
-        the rest. It stays at 2^-126 where m > 126: the bits of floats, read as integers, are in the floats' order where
-        those are positive and below all of them where not, so that one minimum of integers does it."""
-        m = from_bits(ops.minimum(bits(m), ops.constant(0x42FC0000, torch.int32)))  # the bits of 126.0
-        r = number(12582912.0) - m  # 1.5 2^23: -round(m) is in the last bits now
-        f = number(12582912.0) - r - m  # round(m) - m, -0.5 .. 0.5
-        y = polynomial(f, 1.32647271e-3, 9.67151286e-3, 5.55073375e-2, 2.40222421e-1, 6.93146978e-1, 1.0)
-        return from_bits(bits(y) + (bits(r) << ops.constant(23, torch.int32)))
-
-    def exp_minus_abs(x):
-        return halve(ops.abs(x) * number(1.44269504))
-
-    def sigmoid(x):
-        w = exp_minus_abs(x)
-        return ops.where(x > number(0.0), number(1.0), w) / (number(1.0) + w)
-
-    def softplus(x):
-        """max(x, 0) + log(1 + w), w = exp(-|x|), by a polynomial fitted to log(1 + w) / w on 0 .. 1; x above 20."""
-        w = exp_minus_abs(x)
-        y = polynomial(w, 0.00512610214, -0.0290740647, 0.0775160868, -0.136022476, 0.190768807, -0.24835399,
-                       0.333181217, -0.49999445, 0.999999966)
-        return ops.where(x > number(20.0), x, ops.relu(x) + y * w)
-
-    def power(base, x):
-        assert base == 0.5
-        return make_pointwise(halve)(x)
-
-    aten, usual_store = torch.ops.aten, CppVecKernel._get_store_line
-    ours = {aten.pow.Scalar: power, aten.sigmoid.default: make_pointwise(sigmoid),
-            aten.softplus.default: make_pointwise(softplus)}
-    with (patch.dict(lowerings, ours), patch.object(CppVecKernel, "_get_store_line", store),
-          patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(vector_bits)),
-          patch.object(cpp, "get_loop_body_lowp_fp", lambda body: (None, True)),
-          V.set_choices_handler(SumsTogether())):
-        yield
-
+# The functions below do one chunk of a scan, or one convolution. Each is written in torch and runs as it stands, or as
+# the C++ that Inductor makes of it: vectors along channels, any batch, length and width. A chunk's outputs are views,
+# its last arguments. cpu.py has more such functions. A kernel is a function and the shapes of its tensors:
+#     b, l, c, q    any length: batch, positions, blocks of channels, what stands side by side (heads, modules)
+#     v, T, t       VECTOR channels of a block, CHUNK positions of a chunk
+#     n, L          states, or taps, one number that the code is compiled for; l + n - 1
+#     r, s          b, of parameters and of states
+#     ~             bfloat16 where a call is in bfloat16, else float32
+# Tensors are contiguous, with two exceptions. All of one shape with T, t, r or s have the same distances between rows,
+# whatever these are; each of those marked ' has distances of its own.
 
 def _realized(x):
     """x, which Inductor now computes once and stores, instead of computing it again at each use"""
@@ -533,62 +454,175 @@ def _taps_bwd(dy, rows, weight, bias, *, silu):
 TAPS = (_taps_fwd, "bqLcv qncv qcv ~bqlcv'"), (_taps_bwd, "~bqlcv' bqLcv qncv qcv")
 
 
-def _example(shape, n, i=0):
-    """A tensor to trace with, argument i of a kernel. No two lengths or strides of any are equal without need, for
-    Inductor would take the two for one, whatever comes later."""
-    dtype = torch.bfloat16 if shape.startswith("~") else torch.float32
-    shape, any_rows = shape.strip("~'"), shape.endswith("'")
-    b, c = n + VECTOR + 1, n + 40
-    sizes = dict(b=b, r=b, s=b, c=c, v=VECTOR, l=n + 70, n=n, q=6 + (n == 6), L=2 * n + 69, T=CHUNK, t=CHUNK)
-    gaps = dict(T=11, t=53, r=23, s=31)
-    size = [sizes[letter] for letter in shape]
-    if any_rows:
-        distances = [5003 + 10 * (i + 1) - j for j in range(len(size) - 2)]  # falling: Inductor takes their order over
-        return torch.empty_strided(size, [*distances, VECTOR, 1], dtype=dtype, device="cpu")
-    gap = len(shape) * (gaps.get(shape[1:2]) or gaps.get(shape[0], 0))
-    around = (0, gap) if shape[1:2] == "c" else (0, 64, gap)  # what the tensor is a part of is longer by that much
-    whole = [length + more * (gap > 0) for length, more in zip(size, (*around, 0, 0))]
-    return torch.empty(whole, dtype=dtype, device="cpu")[tuple(map(slice, size))]
+# ---------------------------------------------------------------- native code: made by Inductor
 
-
-COMPILING = threading.Lock()  # Inductor's settings and rules are the process's
-CODE = {
-    "fx_graph_cache": False,  # it would know the graph alone, not _code_rules
+COMPILING = threading.Lock()  # Inductor's settings are the process's, and so is what is patched
+CODE = {  # the settings
+    "fx_graph_cache": False,  # its key is the graph alone, not _patched_inductor
     "cpp.enable_floating_point_contract_flag": "fast", "max_pointwise_cat_inputs": 0, "max_fusion_size": 100000,
     "cpp.max_horizontal_fusion_size": 100000, "cpp.dynamic_threads": True,
     "cpp.vec_isa_ok": True,  # the CPU's flags say so; to compile a test of them takes seconds
-    "cpp.enable_loop_tail_vec": False,  # one of no iterations makes the code slower
-    "pick_loop_orders": False,  # they are as written
+    "cpp.enable_loop_tail_vec": False,  # a tail of no iterations makes the code slower
+    "pick_loop_orders": False,  # loops are in the order as written
     "aggressive_fusion": True, "score_fusion_memory_threshold": 0,  # for SumsTogether
 }
 
 
+@contextlib.contextmanager
+def _patched_inductor():
+    """Within, Inductor computes 0.5 ** m, sigmoid and softplus by polynomials, as calls would cost the most; casts the
+    bits of a vector in a register; makes vectors of as many channels in bfloat16 as in float32, and stores them without
+    a mask; and fuses loops that sum before any others, even if they read nothing in common."""
+    from unittest.mock import patch  # as Inductor itself does
+
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.codegen import cpp
+    from torch._inductor.codegen.cpp import DTYPE_TO_CPP, CppVecKernel, CppVecOverrides
+    from torch._inductor.lowering import lowerings, make_pointwise
+    from torch._inductor.virtualized import V, ops
+
+    class SumsTogether(InductorChoices):
+        @staticmethod
+        def can_fuse(scheduler, node1, node2, shared_data_score):
+            return InductorChoices.can_fuse(scheduler, node1, node2, max(1, shared_data_score))
+
+        @staticmethod
+        def score_fusion(scheduler, node1, node2):
+            sums = node1.is_reduction() and node2.is_reduction()
+            return sums, InductorChoices.score_fusion(scheduler, node1, node2)
+
+    def vector_bits(x, dtype, src_dtype):
+        # Inductor's is a loop over the lanes in memory, which GCC makes ten times as slow where it prefers 256 bits
+        return f"at::vec::cast<{DTYPE_TO_CPP[dtype]}, {DTYPE_TO_CPP[src_dtype]}>({x})"
+
+    def store(kernel, value, var, index, dtype, *args):
+        # Inductor's masks 16 of 32 lanes of bfloat16, and a load of what lies behind these 16 waits for the store
+        code, masked = usual_store(kernel, value, var, index, dtype, *args), r"(\w+)\.store\((.+), \S+\(16L?\)\);"
+        return code.map(lambda x: re.sub(masked, r"std::memcpy(\2, &\1, 32);", x)) if dtype == torch.bfloat16 else code
+
+    def number(value):
+        return ops.constant(value, torch.float32)
+
+    def polynomial(x, first, *rest):
+        y = number(first)
+        for coefficient in rest:
+            y = y * x + number(coefficient)
+        return y
+
+    def bits(x):
+        return ops.to_dtype_bitcast(x, torch.int32, torch.float32)
+
+    def from_bits(i):
+        return ops.to_dtype_bitcast(i, torch.float32, torch.int32)
+
+    def halve(m):
+        """2^-m for m > -128, relative error below 1.7e-7: 2^-round(m) by the exponent's bits, the rest by a polynomial.
+        It stays at 2^-126 where m > 126. One minimum of integers sees to that: read as integers, positive floats keep
+        their order, and negative ones are below all of them."""
+        m = from_bits(ops.minimum(bits(m), ops.constant(0x42FC0000, torch.int32)))  # the bits of 126.0
+        r = number(12582912.0) - m  # 1.5 2^23: -round(m) is in the last bits now
+        f = number(12582912.0) - r - m  # round(m) - m, -0.5 .. 0.5
+        y = polynomial(f, 1.32647271e-3, 9.67151286e-3, 5.55073375e-2, 2.40222421e-1, 6.93146978e-1, 1.0)
+        return from_bits(bits(y) + (bits(r) << ops.constant(23, torch.int32)))
+
+    def exp_minus_abs(x):
+        return halve(ops.abs(x) * number(1.44269504))
+
+    def sigmoid(x):
+        w = exp_minus_abs(x)
+        return ops.where(x > number(0.0), number(1.0), w) / (number(1.0) + w)
+
+    def softplus(x):
+        """max(x, 0) + log(1 + w), w = exp(-|x|), by a polynomial fitted to log(1 + w) / w on 0 .. 1; x above 20."""
+        w = exp_minus_abs(x)
+        y = polynomial(w, 0.00512610214, -0.0290740647, 0.0775160868, -0.136022476, 0.190768807, -0.24835399,
+                       0.333181217, -0.49999445, 0.999999966)
+        return ops.where(x > number(20.0), x, ops.relu(x) + y * w)
+
+    def power(base, x):
+        assert base == 0.5
+        return make_pointwise(halve)(x)
+
+    aten, usual_store = torch.ops.aten, CppVecKernel._get_store_line
+    ours = {aten.pow.Scalar: power, aten.sigmoid.default: make_pointwise(sigmoid),
+            aten.softplus.default: make_pointwise(softplus)}
+    with (patch.dict(lowerings, ours), patch.object(CppVecKernel, "_get_store_line", store),
+          patch.object(CppVecOverrides, "to_dtype_bitcast", staticmethod(vector_bits)),
+          patch.object(cpp, "get_loop_body_lowp_fp", lambda body: (None, True)),
+          V.set_choices_handler(SumsTogether())):
+        yield
+
+
+def _example(shape, n, i=0):
+    """A tensor to trace with, argument i of a kernel. Lengths and strides that a call may choose all differ here:
+    Inductor would take two equal ones for the same number for ever."""
+    dtype = torch.bfloat16 if shape.startswith("~") else torch.float32
+    shape, own_distances = shape.strip("~'"), shape.endswith("'")
+    b, c = n + VECTOR + 1, n + 40
+    sizes = dict(b=b, r=b, s=b, c=c, v=VECTOR, l=n + 70, n=n, q=6 + (n == 6), L=2 * n + 69, T=CHUNK, t=CHUNK)
+    gaps = dict(T=11, t=53, r=23, s=31)
+    size = [sizes[letter] for letter in shape]
+    if own_distances:
+        distances = [5003 + 10 * (i + 1) - j for j in range(len(size) - 2)]  # falling: Inductor keeps the order
+        return torch.empty_strided(size, [*distances, VECTOR, 1], dtype=dtype, device="cpu")
+    gap = len(shape) * (gaps.get(shape[1:2]) or gaps.get(shape[0], 0))
+    around = (0, gap) if shape[1:2] == "c" else (0, 64, gap)  # how much longer the tensor is that this is a part of
+    whole = [length + more * (gap > 0) for length, more in zip(size, (*around, 0, 0))]
+    return torch.empty(whole, dtype=dtype, device="cpu")[tuple(map(slice, size))]
+
+
+def _inductor_code(function, shapes, n, options):
+    """The source of a Python module, C++ included, whose `call` is `function` for tensors of these shapes"""
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def traced(*tensors):
+        for x, shape in zip(tensors, shapes.split()):
+            for letter, length in zip(shape.strip("~'"), x.shape):
+                if letter in "nv":
+                    int(length)  # makes a constant of it
+        return function(*tensors, **options) or ()
+
+    table = {op: f for op, f in select_decomp_table().items() if op is not torch.ops.aten.softplus.default}
+    with _patched_inductor(), torch.no_grad():
+        graph = make_fx(traced, table, "symbolic")(*(_example(x, n, i) for i, x in enumerate(shapes.split())))
+        fake = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        with torch._guards.tracing(torch._guards.TracingContext(fake[0].fake_mode)):
+            return compile_fx_inner(graph, fake).source_code
+
+
+def _imported(path):
+    """`call` of the Python module there. Its C++ was compiled when it was made, and lies in Inductor's cache."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.call
+
+
 @functools.cache
-def _compiled(function, letters, n, **options):
-    """`function` as native code for float32 tensors of these shapes, bfloat16 after ~: T and t = CHUNK, v = VECTOR, n
-    (of a convolution: W) as given, L = l + n - 1, b, c, l and q any. r and s are b; T, t, r and s each have distances
-    between rows of their own, which may be any, as may all those in a shape that ends with '. None where that fails,
-    for want of a C++ compiler. Takes some seconds the first time on a machine. The module that Inductor writes is kept
-    among its caches: to trace the function again, only to find its code there, would take most of that time in every
-    process."""
+def _compiled(function, shapes, n, **options):
+    """`function` as native code, or None where that fails, for want of a C++ compiler. Takes some seconds once on a
+    machine. The module that Inductor writes is kept among its caches: to trace the function again, only to find its
+    code there, would take most of that time in every process."""
     try:
-        # to a CUDA toolkit without a GPU it has a line to say, in the middle of a run on a CPU
+        # that there is a CUDA toolkit but no GPU is nothing to say in the middle of a run on a CPU
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         from torch._inductor import config
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         sources = [Path(source).read_bytes() for source in (__file__, function.__code__.co_filename)]
-        about = (sources, torch.__version__, torch.backends.cpu.get_cpu_capability(), function.__name__, letters, n,
+        about = (sources, torch.__version__, torch.backends.cpu.get_cpu_capability(), function.__name__, shapes, n,
                  options)
         path = Path(cache_dir(), "hybrid", hashlib.sha256(repr(about).encode()).hexdigest() + ".py")
         with COMPILING, config.patch(CODE):
             with contextlib.suppress(Exception):  # none yet, or a damaged one
                 return _imported(path)
-            get_cpp_compiler()  # where there is none, not after seconds of tracing each function
+            get_cpp_compiler()  # raises where there is none, before seconds of tracing
             path.parent.mkdir(exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
-            part.write_text(_inductor_code(function, letters, n, options), encoding="utf-8")
+            part.write_text(_inductor_code(function, shapes, n, options), encoding="utf-8")
             part.replace(path)
             return _imported(path)
     except Exception as error:  # whatever a compiler can do wrong
@@ -601,46 +635,17 @@ def _runs_plain(reason):
     warnings.warn(f"kernels: no native code for this CPU, the slower plain form runs ({reason})", stacklevel=3)
 
 
-def _imported(path):
-    """`call` of the Python module there. Its C++ was compiled when it was made, and lies in Inductor's cache."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.call
-
-
-def _inductor_code(function, letters, n, options):
-    """The source of a Python module, C++ included, whose `call` is `function` as _compiled describes it"""
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    def traced(*tensors):
-        for x, shape in zip(tensors, letters.split()):
-            for letter, length in zip(shape.strip("~'"), x.shape):
-                if letter in "nv":
-                    int(length)  # fixes it
-        return function(*tensors, **options) or ()
-
-    table = {op: f for op, f in select_decomp_table().items() if op is not torch.ops.aten.softplus.default}
-    with _code_rules(), torch.no_grad():
-        graph = make_fx(traced, table, "symbolic")(*(_example(x, n, i) for i, x in enumerate(letters.split())))
-        fake = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        with torch._guards.tracing(torch._guards.TracingContext(fake[0].fake_mode)):
-            return compile_fx_inner(graph, fake).source_code
-
-
 WRAPPER = {"clear", "size", "stride", "assert_size_stride", "assert_size_stride_grouped", "empty_strided_cpu",
            "reinterpret_tensor", "torch", "float32"}  # what Inductor's wrappers name besides kernels
 
 
 def _repeated(call):
-    """`call`, the wrapper that Inductor wrote around its kernels, for chunks that differ in nothing but what they hold.
-    It checks the chunk's tensors, makes others and views of them each time, which takes as long as a small chunk's
-    arithmetic. Here only the first call goes through it; the others go to its kernels, with the tensors it made."""
+    """`call`, the wrapper that Inductor wrote around its kernels, for chunks that differ only in the numbers they hold.
+    Each call checks the chunk's tensors and makes others, and views of them, which takes as long as the arithmetic of a
+    small chunk. Here only the first call does that; the others go to its kernels, with the tensors that it made."""
     wrapper, calls = call.__func__, []
     if not all(name in WRAPPER or name.startswith("cpp_fused") for name in wrapper.__code__.co_names):
-        return lambda tensors: call(list(tensors))  # a version that does more
+        return lambda tensors: call(list(tensors))  # the wrapper of a PyTorch that does more
 
     def recorded(kernel, place):
         def run(*args):
@@ -660,11 +665,35 @@ def _repeated(call):
 
 
 def _native(kernel, device, dtype, elements, n, **options):
-    """The native code of a kernel for dtype, or None where the plain form is to run."""
+    """The native code of a kernel in dtype, or None where the plain form is to run."""
     if not COMPILE or device.type != "cpu" or dtype == torch.float64 or elements < COMPILE_FROM:
         return None
-    function, letters = kernel
-    return _compiled(function, letters if dtype == torch.bfloat16 else letters.replace("~", ""), n, **options)
+    function, shapes = kernel
+    return _compiled(function, shapes if dtype == torch.bfloat16 else shapes.replace("~", ""), n, **options)
+
+
+class NativeCode(NamedTuple):
+    """Native code of an operation between matrix products in dtype, and of its gradient if that is another operation"""
+
+    dtype: torch.dtype
+    fwd: Callable
+    bwd: Callable | None = None
+
+
+def native_code(kernels, device, dtype, elements, n=0, **options):
+    """NativeCode of one or two kernels such as TAPS for so many elements of dtype, or None where torch's operations are
+    to run."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    code = [_native(kernel, device, dtype, elements * CONV_WORK, n, **options) for kernel in kernels]
+    return None if None in code else NativeCode(dtype, *code)
+
+
+# ---------------------------------------------------------------- native code: the scan and the convolution
+
+def _native_dtype(*xs):
+    """The type in which native code reads xs: bfloat16 where all have it"""
+    return torch.bfloat16 if all(x is None or x.dtype == torch.bfloat16 for x in xs) else torch.float32
 
 
 def _chunks(l, *xs):
@@ -790,6 +819,12 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
     return du, ddelta, dA.sum(0).t(), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1)), dlast.transpose(1, 2)
 
 
+def _side_by_side(rows, weight, bias):
+    """A convolution's rows and parameters as those of one of q = 1"""
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return [blocks(_whole(x.float()).contiguous()) for x in (rows[:, None], weight.t()[None], bias[None])]
+
+
 def _conv_native(kernel, x, weight, silu, reset, dilation):
     if dilation == 1 and not (reset is not None and reset.any()):
         return _native(kernel, x.device, x.dtype, x.numel() * CONV_WORK, weight.shape[1], silu=silu)
@@ -818,34 +853,6 @@ def _conv_bwd_torch(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
         dx[:, max(0, l - span) :] += dfinal[:, max(0, span - l) :]
         dstate[:, l:] += dfinal[:, : max(0, span - l)]
     return dx, dweight.t(), dbias, dstate
-
-
-def _native_dtype(*xs):
-    """The type in which native code reads xs: bfloat16 where all have it"""
-    return torch.bfloat16 if all(x is None or x.dtype == torch.bfloat16 for x in xs) else torch.float32
-
-
-def _side_by_side(rows, weight, bias):
-    """A convolution's rows and parameters as those of one of q = 1"""
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
-    return [blocks(_whole(x.float()).contiguous()) for x in (rows[:, None], weight.t()[None], bias[None])]
-
-
-class NativeCode(NamedTuple):
-    """Native code of an operation between matrix products in dtype, and of its gradient, if that is another one"""
-
-    dtype: torch.dtype
-    fwd: Callable
-    bwd: Callable | None = None
-
-
-def native_code(kernels, device, dtype, elements, n=0, **options):
-    """NativeCode of one or two kernels, TAPS or the like, for this type and so many elements, or None where torch's
-    operations are to run."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return None
-    code = [_native(kernel, device, dtype, elements * CONV_WORK, n, **options) for kernel in kernels]
-    return None if None in code else NativeCode(dtype, *code)
 
 
 # ---------------------------------------------------------------- Triton
