@@ -863,8 +863,8 @@ if triton is not None:
     # Triton gives the lanes of a warp to the last dimensions of a tensor first, before 3.7 to the first ones
     AXIS = tl.constexpr(2 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 0)
     LANES, SEGMENT = 32, 128  # channels of a program of the steps; positions between two states kept for the backward
-    # channels of a thread, positions of a block, positions that B and C are asked for in advance, positions of a block
-    # of the backward's first pass. On an H200 twice the U forward is 6 % faster, and takes 2.5 times as long to compile
+    # E channels of a thread; blocks of U positions, of PASS in the backward's first pass; AHEAD positions that B and C
+    # are read in advance. On an H200 twice the U forward is 6 % faster, and takes 2.5 times as long to compile.
     FWD, BWD = {"E": 2, "U": 8, "AHEAD": 8}, {"E": 2, "U": 4, "AHEAD": 4, "PASS": 8}
 
     @triton.jit
@@ -898,13 +898,6 @@ if triton is not None:
         return p * e + tl.maximum(x, 0.0)
 
     @triton.jit
-    def _load(ptr, ok, EVEN: tl.constexpr):
-        if EVEN:
-            return tl.load(ptr)
-        else:
-            return tl.load(ptr, mask=ok, other=0.0)
-
-    @triton.jit
     def _channel(ptr, d, DIM: tl.constexpr):
         # a (d,) parameter that may be absent
         if ptr is not None:
@@ -916,8 +909,8 @@ if triton is not None:
     # does so for E channels, for which it reads B and C once. Tensors are (R, Q, J), R warps, Q threads of J lanes.
     # What has no states (u, delta, z, y) lies over the lanes by position: of a block of U = S T positions from t on,
     # lane j has t + i S + j % S, i < T. So one lane works out a step size, the others get it by a shuffle, and the sum
-    # over states that y is ends in the lane that writes it. There are few warps, so memory is asked long before it is
-    # needed: for a whole block while the one before it is worked on, for B and C some positions ahead.
+    # over states that y is ends in the lane that writes it. There are few warps, so memory is read long before it is
+    # needed: a whole block while the one before it is worked on, B and C some positions ahead.
 
     @triton.jit
     def _places(R: tl.constexpr, Q: tl.constexpr, J: tl.constexpr, E: tl.constexpr):
@@ -957,26 +950,30 @@ if triton is not None:
             return tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], T])
 
     @triton.jit
-    def _ask(ptr, t, d, L, ROW: tl.constexpr, DIM: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
-             EVEN: tl.constexpr):
+    def _load_block(ptr, t, d, L, ROW: tl.constexpr, DIM: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+                    E: tl.constexpr, EVEN: tl.constexpr):
         # a block as memory has it: T of (R, Q, J, E)
         e = tl.arange(0, E)[None, None, None, :]
         x = ()
         for i in tl.static_range(T):
             at = ptr + ((t + i * S).to(tl.int64) * ROW + d)[:, :, :, None] + e
-            x += (_load(at, (t + i * S < L)[:, :, :, None] & (d[:, :, :, None] + e < DIM), EVEN),)
+            if EVEN:
+                x += (tl.load(at),)
+            else:
+                x += (tl.load(at, mask=(t + i * S < L)[:, :, :, None] & (d[:, :, :, None] + e < DIM), other=0.0),)
         return x
 
     @triton.jit
-    def _have(x, T: tl.constexpr, E: tl.constexpr):
-        # what was asked for, T E of (R, Q, J), float32
+    def _unpack(x, T: tl.constexpr, E: tl.constexpr):
+        # a block from _load_block as T E of (R, Q, J), float32
         y = ()
         for i in tl.static_range(T):
             y += _unstack(x[i].to(tl.float32), E)
         return y
 
     @triton.jit
-    def _put(ptr, x, t, d, L, DIM: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr):
+    def _store_block(ptr, x, t, d, L, DIM: tl.constexpr, S: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+                     EVEN: tl.constexpr):
         e = tl.arange(0, E)[None, None, None, :]
         for i in tl.static_range(T):
             at = ptr + ((t + i * S).to(tl.int64) * DIM + d)[:, :, :, None] + e
@@ -987,7 +984,7 @@ if triton is not None:
                 tl.store(at, _stack(x[i * E : i * E + E], E), mask=ok)
 
     @triton.jit
-    def _flags(reset, t, L, S: tl.constexpr, T: tl.constexpr):
+    def _load_flags(reset, t, L, S: tl.constexpr, T: tl.constexpr):
         x = ()
         for i in tl.static_range(T):
             if reset is None:
@@ -997,12 +994,12 @@ if triton is not None:
         return x
 
     @triton.jit
-    def _numbers(ptr, M: tl.constexpr):
+    def _load_numbers(ptr, M: tl.constexpr):
         # the M numbers behind each of (R, Q, J) pointers, at most 4 a load
         if M <= 4:
             return _unstack(tl.load(ptr[:, :, :, None] + tl.arange(0, M)[None, None, None, :]), M)
         else:
-            return _numbers(ptr, M // 2) + _numbers(ptr + M // 2, M // 2)
+            return _load_numbers(ptr, M // 2) + _load_numbers(ptr + M // 2, M // 2)
 
     @triton.jit
     def _states_at(d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
@@ -1014,7 +1011,7 @@ if triton is not None:
         return d[:, :, :, None] * N + n, ok
 
     @triton.jit
-    def _get_states(ptr, d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
+    def _load_states(ptr, d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
         x = ()
         for e in tl.static_range(E):
             at, ok = _states_at(d + e, j, DIM, N, K)
@@ -1022,7 +1019,7 @@ if triton is not None:
         return x
 
     @triton.jit
-    def _put_states(ptr, x, d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
+    def _store_states(ptr, x, d, j, DIM: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
         for e in tl.static_range(E):
             at, ok = _states_at(d + e, j, DIM, N, K)
             tl.store(ptr + at, _stack(x[e * K : e * K + K], K), mask=ok)
@@ -1037,17 +1034,17 @@ if triton is not None:
         return x
 
     @triton.jit
-    def _of_lane(x, m: tl.constexpr):
+    def _from_lane(x, m: tl.constexpr):
         # (R, Q, J), every lane with what lane m has
         return tl.gather(x, tl.full(x.shape, m, tl.int32), AXIS)
 
     @triton.jit
-    def _end(flag, m: tl.constexpr, reset):
+    def _reset_exponent(flag, m: tl.constexpr, reset):
         # what a reset at the position in lane m adds to the exponents of its decays
         if reset is None:
             return 0.0
         else:
-            return _of_lane(tl.where(flag != 0, -1e30, 0.0), m)
+            return _from_lane(tl.where(flag != 0, -1e30, 0.0), m)
 
     @triton.jit
     def _decay(x, a, end, reset):
@@ -1060,16 +1057,16 @@ if triton is not None:
     def _advance(h, x, v, a, B, flag, reset, m: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
         # h_t = exp(dt A) h_(t-1) + dt u B of the position in lane m
         new = ()
-        end = _end(flag, m, reset)
+        end = _reset_exponent(flag, m, reset)
         for e in tl.static_range(E):
-            xm = _of_lane(x[e], m)
-            vm = _of_lane(v[e], m)
+            xm = _from_lane(x[e], m)
+            vm = _from_lane(v[e], m)
             for n in tl.static_range(K):
                 new += (_decay(xm, a[e * K + n], end, reset) * h[e * K + n] + vm * B[n],)
         return new
 
     @triton.jit
-    def _weigh(x, y, K: tl.constexpr):
+    def _dot(x, y, K: tl.constexpr):
         # the sum of x[n] y[n]
         s = x[0] * y[0]
         for n in tl.static_range(1, K):
@@ -1141,32 +1138,32 @@ if triton is not None:
         for e in tl.static_range(E):
             shift += (_channel(bias, d + e, DIM),)
             skip += (_channel(D, d + e, DIM),)
-        a = [rate * 1.4426950408889634 for rate in _get_states(A, d, j, DIM, N, K, E)]  # A log2(e)
-        h = _get_states(last, d, j, DIM, N, K, E)
+        a = [rate * 1.4426950408889634 for rate in _load_states(A, d, j, DIM, N, K, E)]  # A log2(e)
+        h = _load_states(last, d, j, DIM, N, K, E)
         t = j % S
-        u_next = _ask(u, t, d, L, U_ROW, DIM, S, T, E, EVEN)
-        delta_next = _ask(delta, t, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
-        flags_next = _flags(reset, t, L, S, T)
+        u_next = _load_block(u, t, d, L, U_ROW, DIM, S, T, E, EVEN)
+        delta_next = _load_block(delta, t, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
+        flags_next = _load_flags(reset, t, L, S, T)
         if z is not None:
-            z_next = _ask(z, t, d, L, Z_ROW, DIM, S, T, E, EVEN)
+            z_next = _load_block(z, t, d, L, Z_ROW, DIM, S, T, E, EVEN)
         BC_next = ()
         for m in tl.static_range(AHEAD):
-            BC_next += (_numbers(BC + m * (2 * J * K), 2 * K),)
+            BC_next += (_load_numbers(BC + m * (2 * J * K), 2 * K),)
         for start in range(0, L, S * T):
             if saved is not None:  # noqa: SIM102 (known when compiled, the other is not)
                 if start % EVERY == 0:
-                    _put_states(saved + (start // EVERY * batches + b) * N * DIM, h, d, j, DIM, N, K, E)
+                    _store_states(saved + (start // EVERY * batches + b) * N * DIM, h, d, j, DIM, N, K, E)
             t = start + j % S
-            us = _have(u_next, T, E)
-            raw = _have(delta_next, T, E)
+            us = _unpack(u_next, T, E)
+            raw = _unpack(delta_next, T, E)
             flags = flags_next
             ahead = (tl.minimum(start + S * T, L - S * T) if EVEN else start + S * T) + j % S
-            u_next = _ask(u, ahead, d, L, U_ROW, DIM, S, T, E, EVEN)
-            delta_next = _ask(delta, ahead, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
-            flags_next = _flags(reset, ahead, L, S, T)
+            u_next = _load_block(u, ahead, d, L, U_ROW, DIM, S, T, E, EVEN)
+            delta_next = _load_block(delta, ahead, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
+            flags_next = _load_flags(reset, ahead, L, S, T)
             if z is not None:
-                zs = _have(z_next, T, E)
-                z_next = _ask(z, ahead, d, L, Z_ROW, DIM, S, T, E, EVEN)
+                zs = _unpack(z_next, T, E)
+                z_next = _load_block(z, ahead, d, L, Z_ROW, DIM, S, T, E, EVEN)
             ys = ()
             for i in tl.static_range(T):
                 x = ()
@@ -1179,18 +1176,18 @@ if triton is not None:
                 for m in tl.static_range(S):
                     BCm = BC_next[0]
                     BC_next = BC_next[1:]
-                    BC_next += (_numbers(BC + (start + (i * S + m + AHEAD)) * (2 * J * K), 2 * K),)
+                    BC_next += (_load_numbers(BC + (start + (i * S + m + AHEAD)) * (2 * J * K), 2 * K),)
                     h = _advance(h, x, v, a, BCm, flags[i], reset, m, K, E)
                     for e in tl.static_range(E):
-                        parts += (_weigh(h[e * K : e * K + K], BCm[K:], K),)
+                        parts += (_dot(h[e * K : e * K + K], BCm[K:], K),)
                 total = _total(parts, j, S, E)
                 for e in tl.static_range(E):
                     o = total[e] + skip[e] * us[i * E + e]
                     if z is not None:
                         o *= zs[i * E + e] * _sigmoid(zs[i * E + e])
                     ys += (o,)
-            _put(y, ys, t, d, L, DIM, S, T, E, EVEN)
-        _put_states(last, h, d, j, DIM, N, K, E)
+            _store_block(y, ys, t, d, L, DIM, S, T, E, EVEN)
+        _store_states(last, h, d, j, DIM, N, K, E)
 
     # Segment after segment, right to left. From the state saved at its start once through it, the state before every
     # block into `kept`, which is each program's own. Then back, block by block: its decays a_t and what is left of the
@@ -1236,35 +1233,35 @@ if triton is not None:
         dskip = (none,) * E
         dshift = (none,) * E
         da = (none,) * (E * K)
-        a = [rate * 1.4426950408889634 for rate in _get_states(A, d, j, DIM, N, K, E)]  # A log2(e)
-        k = _get_states(dh, d, j, DIM, N, K, E)
+        a = [rate * 1.4426950408889634 for rate in _load_states(A, d, j, DIM, N, K, E)]  # A log2(e)
+        k = _load_states(dh, d, j, DIM, N, K, E)
         for segment in range(segments - 1, -1, -1):
             first = segment * EVERY
             final = tl.minimum(first + EVERY, tl.cdiv(L, U) * U) - U
             t = first + j % S
-            h = _get_states(saved + (segment * batches + b) * N * DIM, d, j, DIM, N, K, E)
-            u_next = _ask(u, t, d, L, U_ROW, DIM, S, PASS // S, E, EVEN)
-            delta_next = _ask(delta, t, d, L, DELTA_ROW, DIM, S, PASS // S, E, EVEN)
-            flags_next = _flags(reset, t, L, S, PASS // S)
+            h = _load_states(saved + (segment * batches + b) * N * DIM, d, j, DIM, N, K, E)
+            u_next = _load_block(u, t, d, L, U_ROW, DIM, S, PASS // S, E, EVEN)
+            delta_next = _load_block(delta, t, d, L, DELTA_ROW, DIM, S, PASS // S, E, EVEN)
+            flags_next = _load_flags(reset, t, L, S, PASS // S)
             B_next = ()
             for m in tl.static_range(AHEAD):
-                B_next += (_numbers(BC + (first + m) * W, K),)
+                B_next += (_load_numbers(BC + (first + m) * W, K),)
             for start in range(first, final + U, PASS):
                 t = start + j % S
-                us = _have(u_next, PASS // S, E)
-                raw = _have(delta_next, PASS // S, E)
+                us = _unpack(u_next, PASS // S, E)
+                raw = _unpack(delta_next, PASS // S, E)
                 flags = flags_next
                 there = tl.minimum(start + PASS, final + U - PASS)
                 if not EVEN:  # nothing is asked for twice
                     there = tl.where(start + PASS < final + U, start + PASS, L)
                 there += j % S
-                u_next = _ask(u, there, d, L, U_ROW, DIM, S, PASS // S, E, EVEN)
-                delta_next = _ask(delta, there, d, L, DELTA_ROW, DIM, S, PASS // S, E, EVEN)
-                flags_next = _flags(reset, there, L, S, PASS // S)
+                u_next = _load_block(u, there, d, L, U_ROW, DIM, S, PASS // S, E, EVEN)
+                delta_next = _load_block(delta, there, d, L, DELTA_ROW, DIM, S, PASS // S, E, EVEN)
+                flags_next = _load_flags(reset, there, L, S, PASS // S)
                 for i in tl.static_range(PASS // S):
                     if i * S % U == 0:
                         block = (start - first + i * S) // U
-                        _put_states(kept + block * (R * Q * E * J * K), h, c, j, R * Q * E, J * K, K, E)
+                        _store_states(kept + block * (R * Q * E * J * K), h, c, j, R * Q * E, J * K, K, E)
                     x = ()
                     v = ()
                     for e in tl.static_range(E):
@@ -1274,27 +1271,27 @@ if triton is not None:
                     for m in tl.static_range(S):
                         Bm = B_next[0]
                         B_next = B_next[1:]
-                        B_next += (_numbers(BC + (start + (i * S + m + AHEAD)) * W, K),)
+                        B_next += (_load_numbers(BC + (start + (i * S + m + AHEAD)) * W, K),)
                         h = _advance(h, x, v, a, Bm, flags[i], reset, m, K, E)
             tl.debug_barrier()  # `kept` is written
             t = final + j % S
-            u_next = _ask(u, t, d, L, U_ROW, DIM, S, T, E, EVEN)
-            delta_next = _ask(delta, t, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
-            flags_next = _flags(reset, t, L, S, T)
-            dy_next = _ask(dy, t, d, L, DY_ROW, DIM, S, T, E, EVEN)
+            u_next = _load_block(u, t, d, L, U_ROW, DIM, S, T, E, EVEN)
+            delta_next = _load_block(delta, t, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
+            flags_next = _load_flags(reset, t, L, S, T)
+            dy_next = _load_block(dy, t, d, L, DY_ROW, DIM, S, T, E, EVEN)
             if z is not None:
-                z_next = _ask(z, t, d, L, Z_ROW, DIM, S, T, E, EVEN)
-            h_next = _get_states(kept + (final - first) // U * (R * Q * E * J * K), c, j, R * Q * E, J * K, K, E)
+                z_next = _load_block(z, t, d, L, Z_ROW, DIM, S, T, E, EVEN)
+            h_next = _load_states(kept + (final - first) // U * (R * Q * E * J * K), c, j, R * Q * E, J * K, K, E)
             BC_next = ()
             for m in tl.static_range(U):
-                BC_next += (_numbers(BC + (final + m) * W, 2 * K),)
+                BC_next += (_load_numbers(BC + (final + m) * W, 2 * K),)
             for start in range(final, first - U, -U):
                 t = start + j % S
-                us = _have(u_next, T, E)
-                raw = _have(delta_next, T, E)
-                dys = _have(dy_next, T, E)
+                us = _unpack(u_next, T, E)
+                raw = _unpack(delta_next, T, E)
+                dys = _unpack(dy_next, T, E)
                 if z is not None:
-                    zs = _have(z_next, T, E)
+                    zs = _unpack(z_next, T, E)
                 flags = flags_next
                 h = h_next
                 BCs = BC_next
@@ -1319,20 +1316,20 @@ if triton is not None:
                         BCm = BCs[i * S + m]
                         new = ()
                         wm = ()
-                        end = _end(flags[i], m, reset)
+                        end = _reset_exponent(flags[i], m, reset)
                         for e in tl.static_range(E):
-                            xm = _of_lane(x[i * E + e], m)
-                            vm = _of_lane(v[i * E + e], m)
-                            wm += (_of_lane(w[i * E + e], m),)
+                            xm = _from_lane(x[i * E + e], m)
+                            vm = _from_lane(v[i * E + e], m)
+                            wm += (_from_lane(w[i * E + e], m),)
                             for n in tl.static_range(K):
                                 f = _decay(xm, a[e * K + n], end, reset)
                                 decay += (f,)
                                 left += (f * h[e * K + n],)
                                 new += (f * h[e * K + n] + vm * BCm[n],)
-                            parts += (_weigh(new[e * K : e * K + K], BCm[K:], K),)
+                            parts += (_dot(new[e * K : e * K + K], BCm[K:], K),)
                         h = new
                         for n in tl.static_range(K):
-                            dC += (_weigh(h[n::K], wm, E),)
+                            dC += (_dot(h[n::K], wm, E),)
                 # What follows is to stay below what came before: a warp has six counters for results on their way, so a
                 # shuffle that shares one with a load from memory is as late as the load.
                 tl.debug_barrier()
@@ -1341,13 +1338,13 @@ if triton is not None:
                 if not EVEN:
                     there = tl.where(start > first, there, L)
                 there += j % S
-                u_next = _ask(u, there, d, L, U_ROW, DIM, S, T, E, EVEN)
-                delta_next = _ask(delta, there, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
-                dy_next = _ask(dy, there, d, L, DY_ROW, DIM, S, T, E, EVEN)
-                flags_next = _flags(reset, there, L, S, T)
+                u_next = _load_block(u, there, d, L, U_ROW, DIM, S, T, E, EVEN)
+                delta_next = _load_block(delta, there, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
+                dy_next = _load_block(dy, there, d, L, DY_ROW, DIM, S, T, E, EVEN)
+                flags_next = _load_flags(reset, there, L, S, T)
                 if z is not None:
-                    z_next = _ask(z, there, d, L, Z_ROW, DIM, S, T, E, EVEN)
-                h_next = _get_states(kept + (ahead - first) // U * (R * Q * E * J * K), c, j, R * Q * E, J * K, K, E)
+                    z_next = _load_block(z, there, d, L, Z_ROW, DIM, S, T, E, EVEN)
+                h_next = _load_states(kept + (ahead - first) // U * (R * Q * E * J * K), c, j, R * Q * E, J * K, K, E)
                 dB = ()
                 B_parts = ()
                 A_parts = ()
@@ -1361,9 +1358,9 @@ if triton is not None:
                         vm = ()
                         q = ()
                         for e in tl.static_range(E):
-                            xm = _of_lane(x[i * E + e], m)
-                            wm = _of_lane(w[i * E + e], m)
-                            vm += (_of_lane(v[i * E + e], m),)
+                            xm = _from_lane(x[i * E + e], m)
+                            wm = _from_lane(w[i * E + e], m)
+                            vm += (_from_lane(v[i * E + e], m),)
                             for n in tl.static_range(K):
                                 g += (wm * BCm[K + n] + k[e * K + n],)
                                 k_new += (decay[((i * S + m) * E + e) * K + n] * g[e * K + n],)
@@ -1373,16 +1370,16 @@ if triton is not None:
                         da = da_new
                         dB_new = ()
                         for n in tl.static_range(K):
-                            dB_new += (_weigh(g[n::K], vm, E),)
+                            dB_new += (_dot(g[n::K], vm, E),)
                         dB = dB_new + dB
                         B_new = ()
                         A_new = ()
                         for e in tl.static_range(E):
-                            B_new += (_weigh(g[e * K : e * K + K], BCm, K),)
-                            A_new += (_weigh(q[e * K : e * K + K], a[e * K : e * K + K], K),)
+                            B_new += (_dot(g[e * K : e * K + K], BCm, K),)
+                            A_new += (_dot(q[e * K : e * K + K], a[e * K : e * K + K], K),)
                         B_parts = B_new + B_parts
                         A_parts = A_new + A_parts
-                        BC_next += (_numbers(BC + (ahead + (U - 1 - i * S - m)) * W, 2 * K),)
+                        BC_next += (_load_numbers(BC + (ahead + (U - 1 - i * S - m)) * W, 2 * K),)
                 tl.store(dBC + start * W, _sum_channels(dC + dB, 2 * U * K))
                 dus = ()
                 dxs = ()
@@ -1411,13 +1408,13 @@ if triton is not None:
                         dshift_new += (dshift[e] + dx,)
                     dskip = dskip_new
                     dshift = dshift_new
-                _put(du, dus, t, d, L, DIM, S, T, E, EVEN)
-                _put(ddelta, dxs, t, d, L, DIM, S, T, E, EVEN)
+                _store_block(du, dus, t, d, L, DIM, S, T, E, EVEN)
+                _store_block(ddelta, dxs, t, d, L, DIM, S, T, E, EVEN)
                 if z is not None:
-                    _put(dz, dzs, t, d, L, DIM, S, T, E, EVEN)
+                    _store_block(dz, dzs, t, d, L, DIM, S, T, E, EVEN)
             tl.debug_barrier()  # all have read what the next segment overwrites
-        _put_states(dh, k, d, j, DIM, N, K, E)
-        _put_states(sums, da, d, j, DIM, N, K, E)
+        _store_states(dh, k, d, j, DIM, N, K, E)
+        _store_states(sums, da, d, j, DIM, N, K, E)
         for e in tl.static_range(E):
             rest = sums + N * DIM + d + e
             once = (j == 0) & (d + e < DIM)
