@@ -1939,12 +1939,13 @@ def _eager(x):
 
 # ---------------------------------------------------------------- the public functions
 
-def _expect(function, **shapes):
-    """Raise a one-line error unless each tensor has its shape and is of floating point, reset bool; None stands for an
-    absent one."""
-    for name, (x, letters, shape) in shapes.items():
+def _expect(function, sizes, **tensors):
+    """Raise a one-line error unless each tensor has the shape that its letters have in sizes, and is of floating point,
+    reset bool; None stands for an absent one."""
+    for name, (x, letters) in tensors.items():
         if x is None:
             continue
+        shape = tuple(sizes[letter] for letter in letters.split(", "))
         if x.shape != shape:
             raise ValueError(f"{function}: {name} has shape {tuple(x.shape)}, expected ({letters}) = {tuple(shape)}")
         if not (x.dtype == torch.bool if name == "reset" else x.is_floating_point()):
@@ -1971,10 +1972,9 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
         raise ValueError(f"selective_scan: u {tuple(u.shape)} must be (b, l, d), not empty, "
                          f"and A {tuple(A.shape)} (d, n)")
     (b, l, d), n = u.shape, A.shape[1]
-    _expect("selective_scan", u=(u, "b, l, d", (b, l, d)), delta=(delta, "b, l, d", (b, l, d)), A=(A, "d, n", (d, n)),
-            B=(B, "b, l, n", (b, l, n)), C=(C, "b, l, n", (b, l, n)), D=(D, "d", (d,)), z=(z, "b, l, d", (b, l, d)),
-            delta_bias=(delta_bias, "d", (d,)), initial_state=(initial_state, "b, d, n", (b, d, n)),
-            reset=(reset, "b, l", (b, l)))
+    _expect("selective_scan", dict(b=b, l=l, d=d, n=n), u=(u, "b, l, d"), delta=(delta, "b, l, d"), A=(A, "d, n"),
+            B=(B, "b, l, n"), C=(C, "b, l, n"), D=(D, "d"), z=(z, "b, l, d"), delta_bias=(delta_bias, "d"),
+            initial_state=(initial_state, "b, d, n"), reset=(reset, "b, l"))
     args = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset
     if _backend(u) == "oracle":
         return selective_scan_oracle(*args, return_last_state)
@@ -1997,9 +1997,9 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, res
         raise ValueError(f"causal_conv1d: x {tuple(x.shape)} must be (b, l, d) and weight {tuple(weight.shape)} "
                          f"(d, W), not empty, dilation {dilation} at least 1")
     (b, l, d), W = x.shape, weight.shape[1]
-    span = (W - 1) * dilation
-    _expect("causal_conv1d", x=(x, "b, l, d", (b, l, d)), weight=(weight, "d, W", (d, W)), bias=(bias, "d", (d,)),
-            reset=(reset, "b, l", (b, l)), initial_state=(initial_state, "b, (W-1) dilation, d", (b, span, d)))
+    _expect("causal_conv1d", {"b": b, "l": l, "d": d, "W": W, "(W-1) dilation": (W - 1) * dilation}, x=(x, "b, l, d"),
+            weight=(weight, "d, W"), bias=(bias, "d"), reset=(reset, "b, l"),
+            initial_state=(initial_state, "b, (W-1) dilation, d"))
     if _backend(x) == "oracle":
         return causal_conv1d_oracle(x, weight, bias, activation, initial_state, reset, return_final_state, dilation)
     y, final = (_eager_conv if _eager(x) else conv_fwd)(x, weight, bias, silu, initial_state, reset, dilation)
@@ -2012,9 +2012,9 @@ def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, delta_bias=Non
     reset: (b,) bool. Returns y (b, d). For decoding: no gradients, few calls, no synchronisation, can be captured in a
     CUDA graph. On a CPU it is fastest where channels lie side by side in state and A."""
     (b, d), n = u.shape, A.shape[1]
-    _expect("selective_scan_step", state=(state, "b, d, n", (b, d, n)), u=(u, "b, d", (b, d)), z=(z, "b, d", (b, d)),
-            delta=(delta, "b, d", (b, d)), A=(A, "d, n", (d, n)), B=(B, "b, n", (b, n)), C=(C, "b, n", (b, n)),
-            D=(D, "d", (d,)), delta_bias=(delta_bias, "d", (d,)), reset=(reset, "b", (b,)))
+    _expect("selective_scan_step", dict(b=b, d=d, n=n), state=(state, "b, d, n"), u=(u, "b, d"), z=(z, "b, d"),
+            delta=(delta, "b, d"), A=(A, "d, n"), B=(B, "b, n"), C=(C, "b, n"), D=(D, "d"),
+            delta_bias=(delta_bias, "d"), reset=(reset, "b"))
     return scan_step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reset)
 
 
@@ -2046,8 +2046,8 @@ def causal_conv1d_step(state, x, weight, bias=None, activation=None, reset=None,
     """One position of causal_conv1d: state (b, (W-1) dilation, d) is updated in place; x: (b, d); reset: (b,) bool.
     Returns y (b, d)."""
     silu, (b, d), W = _silu("causal_conv1d_step", activation), x.shape, weight.shape[1]
-    _expect("causal_conv1d_step", x=(x, "b, d", (b, d)), weight=(weight, "d, W", (d, W)), bias=(bias, "d", (d,)),
-            reset=(reset, "b", (b,)), state=(state, "b, (W-1) dilation, d", (b, (W - 1) * dilation, d)))
+    _expect("causal_conv1d_step", {"b": b, "d": d, "W": W, "(W-1) dilation": (W - 1) * dilation}, x=(x, "b, d"),
+            weight=(weight, "d, W"), bias=(bias, "d"), reset=(reset, "b"), state=(state, "b, (W-1) dilation, d"))
     if triton is not None and (x.is_cuda or INTERPRET) and _backend(x) == "triton":
         return _conv_step_triton(state, x, weight, bias, silu, reset, dilation)
     rows = torch.cat((state, x.unsqueeze(1)), 1)  # (b, span + 1, d)
@@ -2069,8 +2069,8 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     if A.is_complex():
         raise TypeError(f"selective_scan_fn: A is {A.dtype}; it must be real, as in Mamba (mamba_ssm takes S4's, too)")
     (b, d, l), n = u.shape, A.shape[1]
-    _expect("selective_scan_fn", delta=(delta, "b, d, l", (b, d, l)), z=(z, "b, d, l", (b, d, l)),
-            A=(A, "d, n", (d, n)), D=(D, "d", (d,)), delta_bias=(delta_bias, "d", (d,)))
+    _expect("selective_scan_fn", dict(b=b, d=d, l=l, n=n), delta=(delta, "b, d, l"), z=(z, "b, d, l"), A=(A, "d, n"),
+            D=(D, "d"), delta_bias=(delta_bias, "d"))
 
     def per_channel(x):  # a constant B or C differs by channel, and has no fast form: one group a channel
         return x[None, :, :, None].expand(b, d, n, l) if x.dim() == 2 else x[:, None] if x.dim() == 3 else x
@@ -2120,7 +2120,8 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
     l, k, span = xs.shape[-1], conv_state.shape[-1], weight.shape[1] - 1
     index = None if conv_state_indices is None else conv_state_indices.long()
     state = conv_state if index is None else conv_state[index.clamp(min=0)]
-    _expect("causal_conv1d_update", conv_state=(state, "b, d, k >= W-1", (*xs.shape[:2], max(k, span))))
+    _expect("causal_conv1d_update", {"b": len(xs), "d": xs.shape[1], "k >= W-1": max(k, span)},
+            conv_state=(state, "b, d, k >= W-1"))
     if cache_seqlens is None:
         past = state[..., k - span :]
         new = torch.cat([state, xs.to(state.dtype)], -1)[..., -k:] if k else state
@@ -2150,15 +2151,15 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     index = None if state_batch_indices is None else state_batch_indices.long()
     rows = state if index is None else state[index.clamp(min=0)]
     B, C = (m[:, None] if m.dim() == 2 else m for m in (B, C))
-    shape, letters = rows.shape, "b, d" if rows.dim() == 3 else "b, h, d"
-    _expect("selective_state_update", x=(x, letters, shape[:-1]), dt=(dt, letters, shape[:-1]),
-            z=(z, letters, shape[:-1]), A=(A, letters[3:] + ", n", shape[1:]), D=(D, letters[3:], shape[1:-1]),
-            dt_bias=(dt_bias, letters[3:], shape[1:-1]), C=(C, "b, groups, n", B.shape))
+    (b, *heads, d, n), groups = rows.shape, B.shape[1]
+    hd = "h, d" if heads else "d"
+    _expect("selective_state_update", dict(b=b, h=math.prod(heads), d=d, n=n, groups=groups), x=(x, f"b, {hd}"),
+            dt=(dt, f"b, {hd}"), z=(z, f"b, {hd}"), A=(A, f"{hd}, n"), B=(B, "b, groups, n"), C=(C, "b, groups, n"),
+            D=(D, hd), dt_bias=(dt_bias, hd))
     flat = lambda m, i: m if m is None or rows.dim() == 3 else m.flatten(i, i + 1)  # noqa: E731
     h = flat(rows, 1).to(_state_dtype(x), copy=True)  # (b, heads d, n)
     x_, dt_, z_ = flat(x, 1), flat(dt, 1), flat(z, 1)
     A_, D_, bias_ = flat(A, 0), flat(D, 0), flat(dt_bias, 0)
-    groups = B.shape[1]
     if rows.shape[1] % groups:
         raise ValueError(f"selective_state_update: {groups} groups of B and C do not share out evenly among the "
                          f"{rows.shape[1]} heads of the state {tuple(state.shape)}")
