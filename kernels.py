@@ -2156,19 +2156,16 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     _expect("selective_state_update", dict(b=b, h=math.prod(heads), d=d, n=n, groups=groups), x=(x, f"b, {hd}"),
             dt=(dt, f"b, {hd}"), z=(z, f"b, {hd}"), A=(A, f"{hd}, n"), B=(B, "b, groups, n"), C=(C, "b, groups, n"),
             D=(D, hd), dt_bias=(dt_bias, hd))
-    flat = lambda m, i: m if m is None or rows.dim() == 3 else m.flatten(i, i + 1)  # noqa: E731
-    h = flat(rows, 1).to(_state_dtype(x), copy=True)  # (b, heads d, n)
-    x_, dt_, z_ = flat(x, 1), flat(dt, 1), flat(z, 1)
-    A_, D_, bias_ = flat(A, 0), flat(D, 0), flat(dt_bias, 0)
     if rows.shape[1] % groups:
         raise ValueError(f"selective_state_update: {groups} groups of B and C do not share out evenly among the "
                          f"{rows.shape[1]} heads of the state {tuple(state.shape)}")
-    size = h.shape[1] // groups
-    ys = []
+    h, A = rows.flatten(1, -2).to(_state_dtype(x), copy=True), A.flatten(0, -2)  # (b, h d, n), (h d, n)
+    along = [m if m is None else m.flatten(i) for m, i in ((x, 1), (dt, 1), (D, 0), (z, 1), (dt_bias, 0))]
+    size, ys = h.shape[1] // groups, []
     for g in range(groups):
         c = slice(g * size, (g + 1) * size)
-        x_g, dt_g, D_g, z_g, bias_g = (None if m is None else m[..., c] for m in (x_, dt_, D_, z_, bias_))
-        ys.append(selective_scan_step(h[:, c], x_g, dt_g, A_[c], B[:, g], C[:, g], D_g, z_g, bias_g, dt_softplus))
+        x_g, dt_g, D_g, z_g, bias_g = (None if m is None else m[..., c] for m in along)
+        ys.append(selective_scan_step(h[:, c], x_g, dt_g, A[c], B[:, g], C[:, g], D_g, z_g, bias_g, dt_softplus))
     new, y = h.view(rows.shape).to(state.dtype), torch.cat(ys, 1)
     if index is None:
         state.copy_(new)
