@@ -1251,9 +1251,8 @@ if triton is not None:
                 us = _unpack(u_next, PASS // S, E)
                 raw = _unpack(delta_next, PASS // S, E)
                 flags = flags_next
-                there = tl.minimum(start + PASS, final + U - PASS)
-                if not EVEN:  # nothing is asked for twice
-                    there = tl.where(start + PASS < final + U, start + PASS, L)
+                end = final + U  # where not EVEN, nothing is read twice: past L nothing is read
+                there = tl.minimum(start + PASS, end - PASS) if EVEN else tl.where(start + PASS < end, start + PASS, L)
                 there += j % S
                 u_next = _load_block(u, there, d, L, U_ROW, DIM, S, PASS // S, E, EVEN)
                 delta_next = _load_block(delta, there, d, L, DELTA_ROW, DIM, S, PASS // S, E, EVEN)
@@ -1334,10 +1333,7 @@ if triton is not None:
                 # shuffle that shares one with a load from memory is as late as the load.
                 tl.debug_barrier()
                 ahead = tl.maximum(start - U, first)
-                there = ahead
-                if not EVEN:
-                    there = tl.where(start > first, there, L)
-                there += j % S
+                there = (ahead if EVEN else tl.where(start > first, ahead, L)) + j % S
                 u_next = _load_block(u, there, d, L, U_ROW, DIM, S, T, E, EVEN)
                 delta_next = _load_block(delta, there, d, L, DELTA_ROW, DIM, S, T, E, EVEN)
                 dy_next = _load_block(dy, there, d, L, DY_ROW, DIM, S, T, E, EVEN)
