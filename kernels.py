@@ -1652,11 +1652,11 @@ if triton is not None:
         J, K = _lanes(n)
         rows = triton.cdiv(l, SEGMENT) * SEGMENT
         new = torch.zeros if rows > l or J * K > n else torch.empty
-        flat = new((b * rows + FWD["AHEAD"]) * 2 * J * K, dtype=torch.float32, device=B.device)
-        laid = flat[: b * rows * 2 * J * K].view(b, rows, J, 2, K)
+        BC = new((b * rows + FWD["AHEAD"]) * 2 * J * K, dtype=torch.float32, device=B.device)
+        laid = BC[: b * rows * 2 * J * K].view(b, rows, J, 2, K)
         for i, x in enumerate((B, C)):
             laid[:, :l, :, i] = (F.pad(x, (0, J * K - n)) if J * K > n else x).unflatten(2, (J, K))
-        return flat
+        return BC
 
     def _scan_fwd_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save):
         (b, l, d), n = u.shape, A.shape[1]
@@ -1668,7 +1668,7 @@ if triton is not None:
         saved = last.new_empty(triton.cdiv(l, SEGMENT) if save else 0, b * n * d)
         _launch(_scan_fwd_kernel, triton.cdiv(d, width) * b, u, delta, z, A.float().contiguous(), _for_lanes(B, C), D,
                 delta_bias, reset, y, last, saved if save else None, l, *batch, *row, DIM=d, SOFTPLUS=delta_softplus,
-                **layout, EVEN=l > 0 and l % FWD["U"] == 0 and d % width == 0, num_stages=1,
+                **layout, EVEN=l % FWD["U"] == 0 and d % width == 0, num_stages=1,
                 maxnreg=255)  # said aloud, 255 registers let the compiler ask for more in advance
         return y, last, saved
 
@@ -1686,7 +1686,7 @@ if triton is not None:
         kept = dh.new_empty(b * programs, SEGMENT // U, width, J * K)
         _launch(_scan_bwd_kernel, programs * b, dy, u, delta, z, A.float().contiguous(), _for_lanes(B, C), D,
                 delta_bias, reset, saved, dh, du, ddelta, dz, sums, dBC, kept, l, *batch, *row, DIM=d,
-                SOFTPLUS=delta_softplus, **layout, EVEN=l > 0 and l % BWD["PASS"] == 0 and d % width == 0, num_stages=1)
+                SOFTPLUS=delta_softplus, **layout, EVEN=l % BWD["PASS"] == 0 and d % width == 0, num_stages=1)
         dC, dB = (x.permute(0, 1, 3, 2, 4).reshape(b, -1, J * K)[:, :l, :n] for x in dBC.sum(1).unbind(3))
         dA, dD, dbias = sums.sum(0).split((n, 1, 1))
         return du, ddelta, dA.view(d, n), dB, dC, dD[0].clone(), dz, dbias[0].clone(), dh  # no two may share storage
