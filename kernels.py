@@ -26,7 +26,6 @@ import re
 import threading
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple
@@ -764,7 +763,7 @@ def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     if native is None:
         return _scan_fwd_plain(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset, save)
     (b, l, d), n, gated = u.shape, A.shape[1], z is not None
-    whole, new = d + -d % VECTOR, partial(torch.empty, dtype=torch.float32, device=u.device)
+    whole, new = d + -d % VECTOR, functools.partial(torch.empty, dtype=torch.float32, device=u.device)
     dtype, g = _native_dtype(u, delta, z), _groups(b, whole)
     y, last = new(b, l, whole, dtype=dtype), new(b, n, whole)
     saved = new(_saved_size(b, l, whole, n, gated, save))
@@ -793,7 +792,7 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
         return _scan_bwd_plain(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset,
                                saved)
     (b, l, d), n, gated, A = u.shape, A.shape[1], z is not None, A.t().float().contiguous()
-    whole, new = d + -d % VECTOR, partial(torch.empty, dtype=torch.float32, device=u.device)
+    whole, new = d + -d % VECTOR, functools.partial(torch.empty, dtype=torch.float32, device=u.device)
     dtype, g = _native_dtype(u, delta, z), _groups(b, whole)
     du, ddelta, dz = (new(b, l, whole, dtype=dtype) for _ in range(3))
     dB, dC = (new(b * g, l, n) for _ in range(2))
@@ -1026,9 +1025,7 @@ if triton is not None:
 
     @triton.jit
     def _step_size(raw, t, L, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr):
-        x = raw
-        if SOFTPLUS:
-            x = _softplus(x)
+        x = _softplus(raw) if SOFTPLUS else raw
         if not EVEN:  # past the end nothing decays and nothing is added
             x = tl.where(t < L, x, 0.0)
         return x
