@@ -3,10 +3,11 @@
     selective_scan,  selective_scan_step      h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t,   y_t = C_t h_t + D u_t
     causal_conv1d,   causal_conv1d_step       y_t = bias + sum_w weight_w x_(t - (W-1-w) dilation)
 
-Each comes three times: an oracle (a loop over time: read it first), a fast form in plain torch, and Triton kernels. The
-device picks one; `KERNELS=torch|triton|oracle` in the environment forces one. State goes in and comes out, with exact
-gradients through both ends, and `reset` starts a new document inside a row. At the end of the file stand wrappers with
-the signatures and the (B, D, L) layouts of mamba_ssm and causal_conv1d.
+State goes in and comes out, with exact gradients through both ends, and `reset` starts a new document inside a row.
+Each operator has four forms, in this order: its definition (*_oracle, a loop over time: read it first), plain torch
+(*_plain), native code for CPUs (*_torch, which run the plain form where there is none) and Triton kernels (*_triton).
+The device picks one; `KERNELS=torch|triton|oracle` in the environment forces one. Then come what autograd and
+torch.compile see, the public functions, and wrappers with mamba_ssm's and causal_conv1d's signatures and (B, D, L).
 
 Letters, in shapes and in code:
     b  batch         l  time (t one position, T positions of a chunk)      d  channel
@@ -40,12 +41,12 @@ try:
 except ImportError:  # no wheels outside Linux: the torch path does everything
     triton = None
 
-CHUNK = 8  # positions between two kept states; the backward pass recomputes the states in between
-TILE = 65536  # (b, n, d) elements that it takes at once: its temporaries stay in cache, its calls are few
-COMPILE = True  # let calls on a CPU compile native code, from COMPILE_FROM state elements (b l d n) on
-COMPILE_FROM = 2**21
-VECTOR = 16  # channels that native code takes side by side
+CHUNK = 8  # positions between two saved states; the backward pass recomputes the states in between
+TILE = 65536  # (b, n, d) elements that the plain scan takes at once: temporaries stay in cache, calls are few
+COMPILE = True  # whether a call on a CPU may compile native code
+COMPILE_FROM = 2**21  # state elements (b l d n) that it must have for that
 CONV_WORK = 64  # state elements that one element of a convolution counts for
+VECTOR = 16  # channels that native code takes side by side
 
 
 def _state_dtype(u):
