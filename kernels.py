@@ -710,9 +710,9 @@ def _run_chunk(native, function, tensors, reset, **options):
         function(*tensors, reset, **options)
 
 
-# The chunk functions take r = b g rows of d/g channels each, which threads share: a batch of one is cut into g groups
-# of channels, one a thread but 32 channels at least, otherwise g = 1. Rows are views of whole tensors, their channels
-# in c blocks of VECTOR. u, delta and z, their gradients, y and dy are in bfloat16 where the first three come so.
+# Threads share the rows that a chunk function takes, r = b g of d/g channels each. A batch of one is cut into g groups
+# of channels, one a thread but of 32 channels at least; else g = 1. Rows are views of whole tensors, their channels in
+# c blocks of VECTOR. u, delta and z, their gradients, y and dy are in bfloat16 where the first three are.
 
 def _whole(x):
     """x, with zeros after the channels where they do not fill the last vector"""
@@ -726,7 +726,7 @@ def _groups(b, d):
 
 
 def _rows_d(x, g, dtype=torch.float32, strided=False):
-    """(.., b, l, d) -> (.., r, l, c, VECTOR), zeros after the channels, and so for states (.., b, n, d)"""
+    """(.., b, l, d) -> (.., r, l, c, VECTOR), and so for states (.., b, n, d). strided: positions may lie apart"""
     x = _whole(x.to(dtype))
     x = x if strided and x.stride(-1) == 1 else x.contiguous()
     if g == 1:  # fewer calls: a chunk of a small block is quick
@@ -740,7 +740,7 @@ def _rows_n(x, g):
     return x if g == 1 else x[:, None].expand(-1, g, -1, -1).flatten(0, 1)
 
 
-def _rows_of(x, u, g):
+def _rows_of_parameter(x, u, g):
     """A parameter (d,) or (n, d) -> (r, c, VECTOR) or (r, n, c, VECTOR), one for all b; zeros for an absent one"""
     x = _whole(u.new_zeros(u.shape[2], dtype=torch.float32) if x is None else x.float()).contiguous()
     if g == 1:
@@ -751,7 +751,7 @@ def _rows_of(x, u, g):
 
 def _scan_native(kernel, u, delta, A, z, delta_bias, delta_softplus):
     n, dtype = A.shape[1], u.dtype if u.dtype == torch.float64 else _native_dtype(u, delta, z)
-    if u.device.type == "cpu":  # powers of 2 of native code would hide a NaN, and what overflows
+    if u.device.type == "cpu":  # native code's powers of 2 would hide a NaN, and what overflows
         steps = delta if delta_bias is None or delta_softplus else delta + delta_bias
         if not ((A <= 0).all() and (delta_softplus or (steps >= 0).all())):
             return None
@@ -770,12 +770,12 @@ def _scan_fwd_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial
     saved = new(_saved_size(b, l, whole, n, gated, save))
     states, ungated = parts = _saved_parts(saved, b, l, whole, n)
     u_, delta, y_ = (_rows_d(x, g, dtype) for x in (u, delta, y))
-    z = _rows_d(u if z is None else z, g, dtype, strided=True)
-    halvings, D, bias = (_rows_of(x, u, g) for x in ((A.float() / -math.log(2)).t(), D, delta_bias))
+    z = _rows_d(u if z is None else z, g, dtype, strided=True)  # u in place of an absent gate, which is not read
+    halvings, D, bias = (_rows_of_parameter(x, u, g) for x in ((A.float() / -math.log(2)).t(), D, delta_bias))
     chunks = _chunks(l, u_, delta, z, _rows_n(B, g), _rows_n(C, g), y_, reset)
     in_turn = [_rows_d(h, g) for h in (last, torch.empty_like(last))]
     states = ([*_rows_d(states, g).unbind(0), in_turn[0]] if save
-              else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)])
+              else [in_turn[(len(chunks) - i) % 2] for i in range(len(chunks) + 1)])  # the last one is `last`
     states[0][:] = 0 if initial_state is None else _rows_d(initial_state.transpose(1, 2), g)
     unread, native = new(b, CHUNK, whole), _repeated(native)
     outs = _rows_d(ungated, g).split(CHUNK, 1) if save and gated else [_rows_d(unread, g)] * len(chunks)
@@ -797,7 +797,7 @@ def _scan_bwd_torch(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softpl
     dtype, g = _native_dtype(u, delta, z), _groups(b, whole)
     du, ddelta, dz = (new(b, l, whole, dtype=dtype) for _ in range(3))
     dB, dC = (new(b * g, l, n) for _ in range(2))
-    A, halvings, D, bias = (_rows_of(x, u, g) for x in (A, A / -math.log(2), D, delta_bias))
+    A, halvings, D, bias = (_rows_of_parameter(x, u, g) for x in (A, A / -math.log(2), D, delta_bias))
     dy = torch.zeros_like(u) if dy is None else dy
     states, ungated = _saved_parts(saved, b, l, d, n)
     dy, u_, delta, *grads = (_rows_d(x, g, dtype) for x in (dy, u, delta, du, ddelta, dz))
