@@ -1758,7 +1758,7 @@ if triton is not None:
     IMPLEMENTATIONS["triton"] = _scan_fwd_triton, _scan_bwd_triton, _conv_fwd_triton, _conv_bwd_triton
 
 
-# PyTorch keeps compiled graphs on disk by the names of their operators, and what these save depends on the path
+# PyTorch finds compiled graphs on disk by the names of their operators, but what these save depends on both variables
 NAMESPACE = "hybrid" + re.sub(r"\W", "", "".join(os.environ.get(x, "") for x in ("KERNELS", "TRITON_INTERPRET")))
 
 
@@ -1772,16 +1772,16 @@ def _backend(x):
         raise RuntimeError("KERNELS=triton, but Triton is not installed: pip install triton, or unset KERNELS")
     if forced == "triton" and x.device.type == "cpu" and not INTERPRET:
         raise RuntimeError("KERNELS=triton needs a GPU, or TRITON_INTERPRET=1 beside it; or set KERNELS=torch")
-    inline_ptx = torch.version.hip is None
-    suits = "triton" in IMPLEMENTATIONS and {"cuda": inline_ptx, "cpu": INTERPRET}.get(x.device.type)
+    ptx = torch.version.hip is None  # NVIDIA's
+    suits = "triton" in IMPLEMENTATIONS and {"cuda": ptx, "cpu": INTERPRET}.get(x.device.type)
     backend = forced or ("triton" if suits else "torch")
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("float64 is not for the Triton kernels; set KERNELS=torch")
     return backend
 
 
-# The arguments of both operators, and which of them have gradients. The backward operators take dy and the gradient of
-# the last state before them, and the scan's takes what was saved after them.
+# The arguments of both operators, and the places of those with gradients. A backward operator takes dy and the gradient
+# of the last state before them; the scan's takes what was saved after them.
 SCAN = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
         "bool delta_softplus, Tensor? initial_state, Tensor? reset")
 CONV = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? reset, SymInt dilation"
@@ -1878,13 +1878,13 @@ def _double_backward(oracle, args, wanted, douts, cotangents):
 
 
 def _differentiable(function, fwd, bwd, run_fwd, run_bwd, wanted, oracle):
-    """Tell autograd of the operators fwd and bwd. Returns the same as a function of its own for eager calls, which go
-    past the operators: their first use imports torch._dynamo, seconds of a start, and each call costs more than a small
-    block of work. Only a derivative of the derivative needs the operator again."""
+    """Register the gradients of the operators fwd and bwd. Returns a function that does the same for eager calls past
+    the operators: their first use imports torch._dynamo, which takes seconds, and each call costs more than a small
+    block of work. Only a derivative of the derivative goes through bwd."""
 
     def setup(ctx, inputs, output):
         saved = output[2:]
-        _save_args(ctx, (*inputs[: len(inputs) - len(saved)], *saved))  # instead of `save` what it saved
+        _save_args(ctx, (*inputs[: len(inputs) - len(saved)], *saved))  # `saved` in place of the argument `save`
         ctx.set_materialize_grads(False)
 
     def grad(ctx, dy, dlast, *_, bwd=bwd):
