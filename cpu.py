@@ -25,12 +25,12 @@ from kernels import TAPS, VECTOR, NativeCode, blocks, flat, native_code
 # Types and products
 
 def eager_cpu(x):
-    """Whether what is written for a CPU's own types and eager code applies to x"""
+    """Whether x, of float32 or float64, is on a CPU and in eager code"""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
 
 
 def product_type(x) -> torch.dtype:
-    """The type that matrix products with x have here: autocast's, or its own"""
+    """The type of matrix products with x: autocast's, or its own"""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -42,11 +42,11 @@ def onednn_is_faster() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu.is_file() and "AuthenticAMD" in cpu.read_text()
 
 
-onednn_is_faster._dynamo_marked_constant = True
+onednn_is_faster._dynamo_marked_constant = True  # for torch.compile; its own decorator imports torch._dynamo
 
 
 def by_onednn(x, weight) -> bool:
-    large = x.numel() >= 2048 * x.shape[-1] and weight.numel() >= 8192  # others take longer this way
+    large = x.numel() >= 2048 * x.shape[-1] and weight.numel() >= 8192  # smaller products take longer by oneDNN
     return large and weight.device.type == "cpu" and product_type(weight) == torch.float32 and onednn_is_faster()
 
 
@@ -63,7 +63,7 @@ def linear(x, weight, bias=None):
 
 
 def linear_backward(dy, x, weight):
-    """The gradients of x (N, C) and weight (D, C) that dy (N, D) gives, dy being that of linear(x, weight)"""
+    """The gradients of x (N, C) and weight (D, C), for dy (N, D), that of linear(x, weight)"""
     if not by_onednn(x, weight):
         return dy @ weight, dy.t() @ x
     dx, dweight, _ = torch.ops.aten.convolution_backward(
@@ -76,7 +76,8 @@ def linear_backward(dy, x, weight):
 # Norms
 
 def _normed(z, inverse, eps, r):
-    """n = z r, r = (inverse sum z^2 + eps)^-1/2 over the last dimension of z (b, q, l, d); inverse, eps (q, 1)"""
+    """n = z r, r = (inverse sum z^2 + eps)^-1/2 over the last dimension of z (b, q, l, d); inverse (q, 1) is 1 / width,
+    without the zeros that fill a vector; eps (q, 1)"""
     r.copy_(torch.rsqrt((z * z).sum(-1) * inverse + eps))
     return z * r[..., None]
 
@@ -113,7 +114,7 @@ def _stream_norm_fwd(x, inverse, eps, gain, y, r, more=None, total=None):
 
 
 def _stream_norm_bwd(dy, dtotal, total, r, inverse, gain, dx, dmore=None):
-    """The gradient of x and of more, dtotal and that through the norm, and the gradient of the gain"""
+    """The gradient of x and of more: dtotal and what comes through the norm; and that of the gain"""
     dy, dtotal, total, gain, dx = flat(dy.float(), dtotal, total, gain, dx)
     n = total * r[..., None]
     grad = dtotal + _normed_bwd(dy * gain, n, inverse[0], r)
@@ -130,7 +131,7 @@ HEAD_NORM = (_norm_fwd, "~bqlcv' q q ~bqlcv' bql qcv"), (_norm_bwd, "~bqlcv' ~bq
 
 
 class NativeStreamNorm(torch.autograd.Function):
-    """x + y and its norm in the type of the products, by native code in one pass over memory, and so their gradients"""
+    """x + y and its norm in the type of the products, by native code in one pass over memory, as are the gradients"""
 
     @staticmethod
     def forward(ctx, code, x, y, gain, eps):
@@ -240,13 +241,12 @@ def attention_code(device, dtype, elements, norm):
     return None if None in codes else AttentionCode(*codes)
 
 
-def hidden_keys(mask, q, S, more=0):
-    """What is added to (T, S) scores, -inf where a key is hidden and 0 elsewhere, (1 or B, T, more + S); the first
-    `more` are hidden"""
+def hidden_keys(mask, q, S, fill=0):
+    """What is added to scores, (1 or B, T, fill + S): -inf where a key is hidden, as the first `fill` are, else 0"""
     if mask is None:
         mask = torch.ones(1, 1, q.shape[2], S, dtype=torch.bool, device=q.device).tril(S - q.shape[2])
-    hidden = q.new_full((len(mask), q.shape[2], more + S), -math.inf)
-    hidden[:, :, more:].masked_fill_(mask[:, 0], 0)
+    hidden = q.new_full((len(mask), q.shape[2], fill + S), -math.inf)
+    hidden[:, :, fill:].masked_fill_(mask[:, 0], 0)
     return hidden
 
 
@@ -276,29 +276,29 @@ class NativeHeadNorm(torch.autograd.Function):
 
 
 class NativeAttention(torch.autograd.Function):
-    """attend for qkv (B, 3 nh, T, hs) after past k and v (B, nh, P, hs), by native code around the six products. A row
-    of weights stays as it was before it was divided by its sum: w = p / r."""
+    """attend of model.py for qkv (B, 3 nh, T, hs) after past k and v (B, nh, P, hs), by native code around the six
+    products. Weights w are kept before they are divided by their sum: p = r w."""
 
     @staticmethod
     def forward(ctx, code, qkv, past_k, past_v, rotary, mask):
         (q, k, v), P = qkv.chunk(3, dim=1), 0 if past_k is None else past_k.shape[2]
         B, nh, T, hs = q.shape
-        more = -(P + T) % VECTOR  # zeros before the first key, hidden
+        fill = -(P + T) % VECTOR  # zeros before the first key, hidden, for rows of whole vectors
         half, scale = hs // 2, hs**-0.5 / math.log(2)  # exp is a power of 2
         cos, sin = (torch.ones(P + T, half), torch.zeros(P + T, half)) if rotary is None else \
             (rotary[0][:, :half], rotary[1][:, half:])
         ctx.table, ctx.table_q = (cos[P:], sin[P:]), (cos[P:] * scale, sin[P:] * scale)
-        (all_k, all_v), wide_q = q.new_empty(2, B, nh, more + P + T, hs), q.new_empty(B, nh, T, hs)
-        all_k[:, :, :more], all_v[:, :, :more] = 0, 0
+        (all_k, all_v), wide_q = q.new_empty(2, B, nh, fill + P + T, hs), q.new_empty(B, nh, T, hs)
+        all_k[:, :, :fill], all_v[:, :, :fill] = 0, 0
         if P:
-            turn(code, past_k.to(k.dtype).contiguous(), all_k[:, :, more : more + P], cos[:P], sin[:P])
-            all_v[:, :, more : more + P] = past_v
-        turn(code, k, all_k[:, :, more + P:], *ctx.table)
+            turn(code, past_k.to(k.dtype).contiguous(), all_k[:, :, fill : fill + P], cos[:P], sin[:P])
+            all_v[:, :, fill : fill + P] = past_v
+        turn(code, k, all_k[:, :, fill + P:], *ctx.table)
         turn(code, q, wide_q, *ctx.table_q)
-        all_v[:, :, more + P:] = v
+        all_v[:, :, fill + P:] = v
         q, k, v = wide_q, all_k, all_v
         w, r, y = q @ k.mT, q.new_empty(B, nh, T, dtype=torch.float32), q.new_empty(B, T, nh, hs)
-        hidden = hidden_keys(mask, q, P + T, more).expand(B, -1, -1)
+        hidden = hidden_keys(mask, q, P + T, fill).expand(B, -1, -1)
         code.softmax.fwd([blocks(w), blocks(hidden), blocks(w), r])
         code.weigh_rows.fwd([blocks(w @ v), r, blocks(y.transpose(1, 2))])
         ctx.code = code
@@ -521,7 +521,7 @@ SQUARE = (_square_fwd, "~bcv ~bcv"), (_square_bwd, "~bcv ~bcv ~bcv")
 
 class FeedForwardCPU(torch.autograd.Function):
     """relu(x w^T)^2 v^T (arXiv 2109.08668) for x (N, C), w (H, C), v (C, H), with native code for the square, or
-    torch's operations where that is None. Of what is H wide only the square is kept, in memory that it is made in."""
+    torch's operations where that is None. The square is made in place, and nothing else that is H wide is kept."""
 
     @staticmethod
     def forward(ctx, code, x, w, v):
