@@ -797,11 +797,12 @@ class Run:
         """Compile the layers in a step of training that changes nothing. Returns why that failed, then they run as they
         did before, or an empty text."""
         compile_layers(self.model)
-        idx = torch.zeros(self.config.batch_size, self.config.block_size, dtype=torch.long, device=self.device)
+        idx = torch.zeros(self.config.batch_size, self.config.block_size, dtype=torch.long)
+        x, y, reset = to_device((idx, idx, idx > 0), self.device, fresh=False)
         try:
             with quiet_compiler(), torch.random.fork_rng(devices=[]):
                 with self.autocast:
-                    _, loss, _ = self.model(idx, idx, state=self.initial_state())
+                    _, loss, _ = self.model(x, y, state=self.initial_state(), reset=reset)
                 loss.backward()
         except Exception as error:  # whatever a compiler can do wrong
             for block in self.model.h:
