@@ -316,7 +316,7 @@ def _conv_bwd_plain(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
 # its last arguments. cpu.py has more such functions. A kernel is a function and the shapes of its tensors:
 #     b, l, c, q    any length: batch, positions, blocks of channels, what stands side by side (heads, modules)
 #     v, T, t       VECTOR channels of a block, CHUNK positions of a chunk
-#     n, L          states, or taps, one number that the code is compiled for; l + n - 1
+#     n, L          the number of states or taps, for which the code is compiled; l + n - 1
 #     r, s          b, of parameters and of states
 #     ~             bfloat16 where a call is in bfloat16, else float32
 # Tensors are contiguous, with two exceptions. All of one shape with T, t, r or s have the same distances between rows,
