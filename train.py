@@ -1033,9 +1033,10 @@ class Run:
                 losses.append(loss)
                 bad_steps = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else bad_steps + 1
                 if bad_steps == config.max_bad_steps:
+                    again = (f" and start from a checkpoint in {self.folder}/, from an older one if the newest does "
+                             "the same" if checkpoints(self.folder) else "")
                     raise RunError(f"loss or gradients were not finite in {bad_steps} steps in a row, up to step "
-                                   f"{self.step}; lower learning_rate and start from a checkpoint in {self.folder}/, "
-                                   "from an older one if the newest does the same")
+                                   f"{self.step}; lower learning_rate{again}")
                 self.say(1, bar.update)
                 last = self.step == self.max_iters
                 if self.step % LOG_EVERY == 0 or last:

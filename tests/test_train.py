@@ -709,10 +709,14 @@ def test_bad_steps_are_skipped_and_then_stop_the_run(folder, monkeypatch):
         return out
 
     this.train_step = watched
-    with pytest.raises(train.RunError, match="not finite in 3 steps in a row, up to step 7"):
+    with pytest.raises(train.RunError, match="in 3 steps in a row, up to step 7; lower learning_rate and start from"):
         this.main()
     assert {s: v for s, v in before.items() if v == (True, True)}.keys() == {2, 5, 6, 7}
     assert [p.name[-4:-3] for p in train.checkpoints(folder / "checkpoints")] == ["1", "3", "4"]
+    never_saved = made("--max_bad_steps", 1, "--checkpoint_dir", "others")
+    monkeypatch.setattr(never_saved, "train_step", lambda: (math.nan, 0.0, 0.0))
+    with pytest.raises(train.RunError, match=r"lower learning_rate$"):
+        never_saved.main()
     text = (folder / "checkpoints/metrics.jsonl").read_text()
     assert "NaN" not in text, "strict JSON"
     missing = [line["step"] for line in map(json.loads, text.splitlines()) if line["train_loss"] is None]
