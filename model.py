@@ -473,7 +473,8 @@ class FractalBlock(nn.Module):
             modules = [(self.fractals[k], self.width(group) - self.dims[k]) for k in group]
             conv = [F.pad(m.conv[i], (0, 0, 0, pad)) for i in range(c) for m, pad in modules]
             M = [F.pad(weight_of(m.M[i]), (0, pad, 0, pad)) for i in range(c) for m, pad in modules]
-            p = torch.stack([m.a for m, _ in modules], dim=1).sigmoid()[:, :, None]
+            a = torch.cat([m.a for m, _ in modules]).view(len(group), c - 1)  # gives contiguous gradients, as DDP wants
+            p = a.t().sigmoid()[:, :, None]
             wide = torch.promote_types(p.dtype, torch.float32)
             inverse_H = torch.stack([p.new_full((1,), 1 / self.dims[k], dtype=wide) for k in group])
             packed.append((torch.stack(conv).unflatten(0, (c, -1)).flatten(1, 2),

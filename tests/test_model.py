@@ -551,6 +551,16 @@ def test_a_state_keeps_its_form(kind, T):
         assert forms[0] == forms[1]
 
 
+@pytest.mark.parametrize("kind", MIXERS)
+def test_gradients_lie_in_memory_as_their_parameters_do(kind):
+    """Else DDP warns of each, and copies it."""
+    joins = dict(fractal_depths=[[2, 2], [3, 3]], fractal_dims=[[8, 16], [8, 8]])  # of several modules in a group
+    model, idx = make(kind, **(joins if kind == "fractal" else {})), torch.randint(V, (2, 8))
+    model(idx, idx)[1].backward()
+    strides = {name: (p.grad.stride(), p.stride()) for name, p in model.named_parameters() if p.numel()}
+    assert {name: pair for name, pair in strides.items() if pair[0] != pair[1]} == {}
+
+
 NOISE = dict(dropout=0.2, token_noise=0.2, ngram_dropout=0.3, fractal_drop=0.3, fractal_level_drop=0.3)
 LEARNED = dict(position="learned", window=8, norm="layernorm", bias=True, activation="gelu_tanh")
 
