@@ -72,9 +72,9 @@ class Generator(torch.Generator):
 def another_device():
     """Within, AWAY is a device that a model can be on."""
     autocast, swap = torch.is_autocast_enabled, torch.__future__.set_swap_module_params_on_conversion
-    swap(True)  # or tied weights would be two when a model moves
-    with (patch.object(torch, "Generator", Generator),
+    with (contextlib.ExitStack() as after, patch.object(torch, "Generator", Generator),
           patch.object(torch, "is_autocast_enabled", lambda device: device != AWAY.type and autocast(device)),
           patch.object(torch, "inference_mode", lambda mode=True: torch.set_grad_enabled(not mode)), Elsewhere()):
+        after.callback(swap, torch.__future__.get_swap_module_params_on_conversion())
+        swap(True)  # or tied weights would be two when a model moves
         yield AWAY
-    swap(False)
