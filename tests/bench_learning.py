@@ -5,10 +5,10 @@ docs/learning_*.png and docs/learning.json (every run's curve). Runs of this mac
 the recipe has changed since; --again repeats them. Names may be beginnings: `mixer_`. --quick: one seed instead of
 three. --jobs 2: two processes side by side, of one thread each; their seconds compare only with each other. --steps N:
 the recipes once more, with that many steps and one evaluation. --time_of NAME: the same with as many steps each as take
-the time of NAME's, start and evaluations aside, by this machine's speeds on record.
+the time of NAME's, start and evaluations aside, by this machine's speeds on record. --on FILE: each on that text.
 
-  text      --data DIR (default: dataset) holds tinyshakespeare.txt, and for books_* the six books; the last 10 % of
-            each is the validation split
+  text      --data DIR (default: dataset) holds tinyshakespeare.txt, and for books_* the six books; or, for --on, FILE.
+            Its last 10 % is the validation split
   seconds   of the whole process: start, compilation, every evaluation and checkpoint
   reset     val_loss_reset: blocks of block_size, each on its own, nats a byte over the whole validation split
   carried   val_loss: the split in 16 streams with the state carried
@@ -98,22 +98,22 @@ def recipes(names) -> list[Path]:
     return found
 
 
-def stage(data: Path, name: str) -> Path:
-    """A folder with links to the files a recipe is trained on."""
-    files = BOOKS if name.startswith("books") else SHAKESPEARE
-    folder = RUNS / "data" / ("books" if files is BOOKS else "shakespeare")
+def stage(data: Path, name: str, on: str | None) -> Path:
+    """A folder with links to the files a recipe is trained on: its own, or the one that is given."""
+    files = [on] if on else BOOKS if name.startswith("books") else SHAKESPEARE
+    folder = RUNS / "data" / (Path(on).name if on else "books" if files is BOOKS else "shakespeare")
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         if not (data / file).is_file():
             sys.exit(f"error: {data / file} is not there; give --data a folder that has it")
-        link = folder / file
+        link = folder / Path(file).name
         if not link.exists():
             link.symlink_to((data / file).resolve())
     return folder
 
 
 def record(recipe: Path, seed: int, folder_of_text: Path, jobs: int, variant: str, steps: int | None) -> dict:
-    """One run, as a dict of its final figures and its curve; `variant` says how its steps are not the recipe's own."""
+    """One run, as a dict of its final figures and its curve; `variant` says what of it is not the recipe's own."""
     name = recipe.stem
     folder = RUNS / f"{name} {variant}".strip().replace(" ", "_") / str(seed)
     command = ["train.py", "--config", f"recipes/{recipe.name}", "--seed", str(seed)]
@@ -169,6 +169,10 @@ def spread(values, digits=3):
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def of_shakespeare(name: str) -> bool:
+    return not name.startswith("books") and " on " not in name
+
+
 def to_target(run):
     """Seconds up to the first evaluation at or below TARGET, None if there is none"""
     return next((p["seconds"] for p in run["curve"] if p["val_loss_reset"] <= TARGET), None)
@@ -184,7 +188,7 @@ def table(runs: dict[tuple[str, str], list[dict]], control: dict[str, float]) ->
         seconds = spread([r["seconds"] for r in group], 0) + (" *" if group[0]["jobs"] > 1 else "")
         rows.append((f"`{name}`", machine, str(len(group)), f"{group[0]['params']:,}", str(group[0]["block_size"]),
                      f"{ends[0]['tokens']:,}", seconds,
-                     spread(reached, 0) if len(reached) == len(group) and not name.startswith("books") else "",
+                     spread(reached, 0) if len(reached) == len(group) and of_shakespeare(name) else "",
                      spread([e["val_loss_reset"] for e in ends]), spread([e["val_loss"] for e in ends])))
     for label, loss in control.items():
         rows.append((f"Kneser-Ney {ORDER}-gram, {label}", *[""] * 7, f"{loss:.3f}", ""))
@@ -228,13 +232,18 @@ def write(results: list[dict], data: Path):
     letters, by_name = dict(zip(machines, string.ascii_uppercase)), collections.defaultdict(list)
     for r in sorted(results, key=lambda r: (r["recipe"], r["variant"], letters[r["machine"]], r["seed"])):
         by_name[f"{r['recipe']} {r['variant']}".strip(), letters[r["machine"]]].append(r)
-    control = {}
-    for label, files in (("tinyshakespeare", SHAKESPEARE), ("books", BOOKS)):
-        there = all((data / f).is_file() for f in files)
-        if there and any(name.startswith("books") == (files is BOOKS) for name, _ in by_name):
+    control, texts, usual = {}, collections.defaultdict(set), {BLOCK, *BLOCKS.values()}  # texts: blocks that they need
+    for (name, _), runs in by_name.items():
+        if " on " in name:
+            texts[name.partition(" on ")[2]].add(runs[0]["block_size"])
+        else:
+            texts["tinyshakespeare" if of_shakespeare(name) else "books"] = usual
+    for label, blocks in sorted(texts.items(), key=lambda text: (text[0] != "tinyshakespeare", text[0])):
+        files = {"tinyshakespeare": SHAKESPEARE, "books": BOOKS}.get(label, [label])
+        if all((data / f).is_file() for f in files):
             text = np.frombuffer(b"".join((data / f).read_bytes() for f in files), dtype=np.uint8)
             cut = len(text) - len(text) // 10
-            for block in sorted({BLOCK, *BLOCKS.values()}):
+            for block in sorted(blocks):
                 control[f"{label}, blocks of {block}"] = kneser_ney(text[:cut], text[cut:], block)
     figures = collections.defaultdict(lambda: collections.defaultdict(dict))
     for (name, machine), runs in by_name.items():
@@ -267,6 +276,7 @@ def main():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="run each recipe for N steps")
     length.add_argument("--time_of", metavar="NAME", help="run each recipe for as long as NAME's steps took")
+    length.add_argument("--on", metavar="FILE", help="run each recipe on this text of --data")
     parser.add_argument("--data", type=Path, default=ROOT / "dataset", help="folder of the texts (default: dataset)")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
@@ -281,6 +291,7 @@ def main():
     results = [r for r in results if r["machine"] == MACHINE]
     runs = [(recipe, seed) for seed in range(1, 2 if args.quick else 4) for recipe in wanted]
     steps, variant = {recipe: args.steps for recipe in wanted}, f"in {args.steps} steps" if args.steps else ""
+    variant = f"on {args.on}" if args.on else variant
     if args.time_of:
         runs = [(recipe, seed) for recipe, seed in runs if recipe.stem != args.time_of]
         steps = {recipe: steps_in_the_time_of(args.time_of, recipe, results) for recipe, _ in runs}
@@ -290,7 +301,7 @@ def main():
         results = [r for r in results if (r["recipe"], r["seed"], r["variant"]) not in asked]
     on_record = {(r["recipe"], r["seed"], r["variant"]) for r in results}
     runs = [(recipe, seed) for recipe, seed in runs if (recipe.stem, seed, variant) not in on_record]
-    texts = {recipe: stage(args.data, recipe.stem) for recipe, _ in runs}  # ends here where one is missing
+    texts = {recipe: stage(args.data, recipe.stem, args.on) for recipe, _ in runs}  # ends here where one is missing
     with ThreadPoolExecutor(args.jobs) as pool:
         todo = [pool.submit(record, recipe, seed, texts[recipe], args.jobs, variant, steps[recipe])
                 for recipe, seed in runs]

@@ -82,3 +82,41 @@ def test_runs_of_two_machines_have_rows_of_their_own(tmp_path, monkeypatch):
     assert [row[1:3] + row[6:9] for row in rows] == [
         ["A", "2", "4 (3 to 5)", "3 (2 to 4)", "1.650 (1.600 to 1.700)"], ["B", "1", "9", "", "1.900"]]
     assert [r["machine"] for r in drawn[0]["fast"]] == ["small"]  # as many recipes as the other, and this machine
+
+
+def test_runs_on_another_text_have_its_control_and_no_target(tmp_path, monkeypatch):
+    """nanoGPT's 1.898 is a loss on tinyshakespeare: another text's runs are not measured by it, nor drawn beside it."""
+    drawn = []
+    monkeypatch.setattr(bench_learning, "DOCS", tmp_path)
+    monkeypatch.setattr(bench_learning, "plot", lambda runs, *_: drawn.append(list(runs)))
+    text = Path(textwrap.__file__).read_bytes()
+    (tmp_path / "tinyshakespeare.txt").write_bytes(text)
+    (tmp_path / "tale.txt").write_bytes(text[::-1])
+
+    def run(variant, loss):
+        return {"recipe": "shakespeare_fast", "variant": variant, "seed": 1, "machine": "A", "date": "2026-11-27",
+                "jobs": 1, "params": 9, "block_size": 64, "seconds": 9.0, "train": [(100, 1.0, 2.5)],
+                "curve": [{"tokens": 200, "seconds": 8.0, "val_loss": loss, "val_loss_reset": loss}]}
+
+    write([run("", 1.8), run("on tale.txt", 1.5)], tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+            (tmp_path / "learning.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert [(row[0], row[7], row[8]) for row in rows[:2]] == [
+        ("`shakespeare_fast`", "8", "1.800"), ("`shakespeare_fast on tale.txt`", "", "1.500")]
+    reversed_text = np.frombuffer(text[::-1], dtype=np.uint8)
+    cut = len(text) - len(text) // 10
+    loss = kneser_ney(reversed_text[:cut], reversed_text[cut:], 64)
+    assert [(row[0], row[8]) for row in rows[-1:]] == [("Kneser-Ney 7-gram, tale.txt, blocks of 64", f"{loss:.3f}")]
+    assert drawn == [["fast"]]
+
+
+def test_a_recipe_is_trained_on_the_text_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_learning, "RUNS", tmp_path / "runs")
+    for name in ("tale.txt", "tinyshakespeare.txt"):
+        (tmp_path / name).write_text(name)
+    assert [p.read_text() for p in bench_learning.stage(tmp_path, "shakespeare_fast", "tale.txt").iterdir()] == [
+        "tale.txt"]
+    assert [p.read_text() for p in bench_learning.stage(tmp_path, "shakespeare_fast", None).iterdir()] == [
+        "tinyshakespeare.txt"]
+    with pytest.raises(SystemExit, match="is not there; give --data"):
+        bench_learning.stage(tmp_path, "shakespeare_fast", "none.txt")
