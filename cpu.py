@@ -5,7 +5,7 @@ model.py says in torch what each layer computes. At some places it asks first wh
 if not (on a GPU, within torch.compile, for a shape that does not fit) its own lines run. So a first reading can do
 without this file. Classes named ..CPU are torch with a gradient made by hand. Those named Native.. call native code,
 which Inductor makes of the small functions above them (`native_code` in kernels.py), where `compile` is on and enough
-is to be computed to be worth it.
+is to be computed to be worth it; FeedForwardCPU does either.
 
 Letters: B, T, C, nh, hs, W as in model.py, n modules of a fractal, H their width. Of native code: d for all channels,
 and those of kernels.py ("native code: what is compiled"), where it says how to read the shapes of a kernel.

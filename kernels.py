@@ -317,7 +317,7 @@ def _conv_bwd_plain(dy, dfinal, x, weight, bias, silu, initial_state, reset, dil
 #     b, l, c, q    any length: batch, positions, blocks of channels, what stands side by side (heads, modules)
 #     v, T, t       VECTOR channels of a block, CHUNK positions of a chunk
 #     n, L          the number of states or taps, for which the code is compiled; l + n - 1
-#     r, s          b, of parameters and of states
+#     r, s          b again, of parameters and of states, whose rows have distances of their own
 #     ~             bfloat16 where a call is in bfloat16, else float32
 # Tensors are contiguous, with two exceptions. All of one shape with T, t, r or s have the same distances between rows,
 # whatever these are; each of those marked ' has distances of its own.
@@ -862,7 +862,7 @@ if triton is not None:
     PTX = tl.constexpr(not INTERPRET)  # Triton's interpreter cannot run inline PTX
     # Triton gives the lanes of a warp to the last dimensions of a tensor first, before 3.7 to the first ones
     AXIS = tl.constexpr(2 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 0)
-    LANES, SEGMENT = 32, 128  # channels of a program of the steps; positions between two states kept for the backward
+    LANES, SEGMENT = 32, 128  # channels of a small program; positions between two states kept for the backward
     # E channels of a thread; blocks of U positions, of PASS in the backward's first pass; AHEAD positions that B and C
     # are read in advance. On an H200 twice the U forward is 6 % faster, and takes 2.5 times as long to compile.
     FWD, BWD = {"E": 2, "U": 8, "AHEAD": 8}, {"E": 2, "U": 4, "AHEAD": 4, "PASS": 8}
@@ -1690,7 +1690,7 @@ if triton is not None:
         return du, ddelta, dA.view(d, n), dB, dC, dD[0].clone(), dz, dbias[0].clone(), dh  # no two may share storage
 
     def _conv_setup(x, weight, bias, initial_state, reset, dilation, rows):
-        """What both convolution kernels are launched with: 64 rows of a phase and 128 channels a program."""
+        """What both convolution kernels are launched with: 64 rows of a phase and 128 channels a program, or LANES."""
         (b, l, d), W = x.shape, weight.shape[1]
         lanes = 128 if W <= 4 else LANES
         parts = triton.cdiv(triton.cdiv(l, dilation) + rows, 64) * dilation
@@ -1790,7 +1790,7 @@ SCAN_GRADS, CONV_GRADS = (0, 1, 2, 3, 4, 5, 6, 7, 9), (0, 1, 2, 4)
 
 def run_scan_fwd(u, *args):
     """y, the last state, and with `save`, the last argument, what scan_bwd starts from: states, one every CHUNK or
-    SEGMENT positions, and on a CPU y before the gate."""
+    SEGMENT positions, and of the torch form with a gate y before it."""
     return IMPLEMENTATIONS[_backend(u)][0](u, *args)
 
 

@@ -98,7 +98,8 @@ class GPTConfig(BaseModel):
     fractal_dim_range: Range = Field([32, 64], description="lowest and highest width of a module, in steps of 8")
     fractal_kernel: Count = Field(4, description="taps of each unit's causal convolution")
     fractal_drop: Probability = Field(0.05, description="training: a join takes a single branch with this probability")
-    fractal_level_drop: Probability = Field(0.1, description="training: a module is cut to fewer levels with it")
+    fractal_level_drop: Probability = Field(
+        0.1, description="training: a module is cut to 1 .. C levels with this probability")
     fractal_seed: int = Field(1337, description="seed of the depths and widths drawn for each module")
     fractal_depths: list[list[Depth]] | None = Field(
         None, description="depth of each module of each layer; null: drawn")
@@ -231,7 +232,8 @@ def map_state(f, state):
 
 @torch.inference_mode(False)  # one that a sample asks for first is kept for training
 def rotary_table(S: int, hs: int, dtype: torch.dtype, device: torch.device):
-    """cos and sin (S, hs) of RoFormer's rotations (arXiv 2104.09864), base 10000, positions 0 .. S-1, for rotate."""
+    """(cos, cos) and (-sin, sin), (S, hs) each, of RoFormer's rotations (arXiv 2104.09864), base 10000, positions
+    0 .. S-1, for rotate."""
     exact = dict(dtype=torch.float64, device="cpu")  # angles in float32 would be S 2^-24 off, and MPS has no float64
     frequency = 10000.0 ** (-torch.arange(0, hs, 2, **exact) / hs)
     angle = torch.outer(torch.arange(S, **exact), frequency)  # (S, hs / 2)
@@ -315,9 +317,9 @@ class MultiHeadAttention(nn.Module):
         return self.c_proj(y), (*state, valid)
 
     def native_code(self, qkv, S, state):
-        """What NativeAttention and NativeHeadNorm run for this call, or None where torch's operations are to run: where
-        gradients reach the state, where norms of heads are of another class, and where (T, S) weights take too much
-        memory, as all are kept"""
+        """What NativeAttention and NativeHeadNorm run for this call, or None where torch's operations are to run: off the
+        CPU, compiled, with dropout, with norms of heads of another class, where gradients reach the state, where the
+        halves of heads are no whole vectors, and where (T, S) weights take too much memory, as all are kept"""
         _, _, T, hs = qkv.shape
         if not {type(self.q_norm), type(self.k_norm)} <= {RMSNorm, type(None)}:
             return None
@@ -458,7 +460,8 @@ class FractalBlock(nn.Module):
                      for c, group in self.groups.items() for L in units_together(self.budget(c)))
 
     def past(self, state):
-        """An iterator over the states, as many None where the stream starts. ValueError for those of other levels."""
+        """An iterator over the states, or over as many None at a stream's start. ValueError if they were made for other
+        levels."""
         expected = sum(2 ** (self.budget(c) - 1) for c in self.groups)
         if state is not None and len(state) != expected:
             raise ValueError(f"fractal_levels: the state has {len(state)} entries a layer, this model's setting needs "
@@ -865,13 +868,14 @@ class GPT(nn.Module):
         return self.trunk(idx, state, reset, n_layer=self.bottleneck + 1)
 
     def num_params(self) -> int:
-        """All trained parameters, tied ones once, embeddings included."""
+        """All parameters, tied ones once, embeddings included."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> list[int]:
-        """Forward FLOPs a token of each layer, and of lm_head at the end: two for each multiply-add of a matrix
-        product, attention's over a full window, each application of a fractal's. Norms, gates and activations are left
-        out, and of any other mixer all but its linear layers. Training costs three times as much."""
+        """Forward FLOPs a token of each layer, and of lm_head at the end: two for each multiply-add of matrix products,
+        convolutions and scans, attention's over a full window, those of each application in a fractal. Norms, gates and
+        activations are left out, and of any other mixer all but its linear layers. Training costs three times as
+        much."""
         flops = []
         for i, block in enumerate(self.h):
             macs = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))

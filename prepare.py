@@ -505,8 +505,8 @@ class DataLoader:
 
     sequential: the stream is a circle that each epoch cuts at a random place and then into L lanes of n // L tokens;
     rank r has lanes r*B to (r+1)*B-1. Row i goes on where row i of the batch before stopped, so state can be carried;
-    reset marks the start of each document, lane and epoch. Only whole blocks are used: up to T-1 tokens at the end of
-    each lane are left out, different ones in each epoch.
+    reset marks the start of each document, lane and epoch. Only whole lanes and blocks are used: up to T-1 tokens at
+    the end of each lane and L-1 of the circle are left out, different ones in each epoch.
     Otherwise rows are windows at random places, with a reset at the start of each.
     A batch depends only on seed and step; the rows of all ranks are those of one process with B = L.
     Raises DataError if the stream is too short for one step.

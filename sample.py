@@ -7,7 +7,7 @@ The trained model at work: write text, score a file, extract features.
     uv run sample.py --encode book.txt --output book.npy      bottleneck features, one row a token
 
 Text and results go to stdout, everything else to stderr. A prompt or file is a document: <|endoftext|> and its tokens.
-State carries the past, so memory and time per token do not grow with the length of anything.
+State carries the past, so memory and time per token do not grow with the length of a file or of what is written.
 
 B rows, T time, V vocabulary.
 """
@@ -131,12 +131,12 @@ def product(weight, bias=None):
 
 
 def bound(layer):
-    """A linear layer as a product with its weight and bias; one whose forward does more as it is"""
+    """A linear layer as a product with its weight and bias; one with a forward of its own unchanged"""
     return product(layer.weight, layer.bias) if is_plain(layer) else layer
 
 
 def normalisation(norm):
-    """A norm, or None, as it is; on a CPU RMSNorm in half of its time, with its numbers bound"""
+    """The norm, or None, itself; for RMSNorm on a CPU a function with its numbers bound, in half of the time"""
     if type(norm) is not RMSNorm or not eager_cpu(norm.weight):
         return norm
     weight, eps, C = norm.weight, torch.tensor(norm.eps, dtype=norm.weight.dtype), len(norm.weight)
@@ -382,7 +382,7 @@ def generate(model: GPT, idx, max_new_tokens: int, temperature: float = 1.0, top
     are divided by it, negative ones multiplied), temperature (0: the most likely token), top_k, top_p (nucleus, arXiv
     1904.09751, of what top_k left), min_p (arXiv 2407.01082: at least min_p times the highest probability). The most
     likely token always stays. Tokens from n_vocab on, the padding of a vocabulary, are never drawn. All draws come
-    from `generator`, on the model's device, so that the program's own random numbers stay as they are."""
+    from `generator`, on the model's device: with one, the program's own random numbers stay as they are."""
     learned, block_size = model.config.position == "learned", model.config.block_size
     wide = torch.float32 if idx.device.type == "mps" else torch.float64  # MPS has no float64
     training = model.training
@@ -465,8 +465,8 @@ def progress_bar(path: Path):
 
 @torch.no_grad()
 def score(model: GPT, tokenizer: Tokenizer, path: Path) -> tuple[float, int, int]:
-    """Summed nats of a file's tokens, each given all before it, and the numbers of tokens and bytes; memory does not
-    grow with the file. Bits per byte = nats / ln 2 / bytes."""
+    """Summed nats of a file's tokens, each given all before it that the model can see, and the numbers of tokens and
+    bytes; memory does not grow with the file. Bits per byte = nats / ln 2 / bytes."""
     device, state = model.wte.weight.device, None
     nats, n_tokens, n_bytes = 0.0, 0, 0
     with progress_bar(path) as bar:

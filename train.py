@@ -59,7 +59,7 @@ class Config(GPTConfig):
     """The "config" object of the file: the model's keys, and those of data and optimisation."""
 
     tokenizer: str = Field("byte", description="byte, gpt2 or another tiktoken name")
-    batch_size: Count = Field(16, description="rows of a step, for each process")
+    batch_size: Count = Field(16, description="rows of a batch, for each process")
     gradient_accumulation_steps: Count = Field(1, description="batches summed into one optimizer step")
     sequential: bool = Field(True, description="contiguous streams with the state carried; false: random windows")
     carry_state: bool = Field(True, description="false: every block of a stream starts with a fresh state")
@@ -86,7 +86,7 @@ class Config(GPTConfig):
         16, le=2**16, description="rows of an evaluation: contiguous streams, or blocks on their own")
     checkpoint_interval: Count = Field(500, description="steps between checkpoints")
     keep_checkpoints: Count = Field(3, description="newest checkpoints kept")
-    max_bad_steps: Count = Field(20, description="skipped steps (loss or gradient not finite) in a row that stop")
+    max_bad_steps: Count = Field(20, description="steps in a row with a loss or gradient not finite that end the run")
 
     def _complete(self) -> list[str]:
         mistakes = super()._complete()
@@ -517,7 +517,7 @@ def orthogonalise(G, dtype, group):
 
 def make_optimizers(model: GPT, config: Config, device: torch.device) -> list[torch.optim.Optimizer]:
     """AdamW with decay on the weights of Linear and Embedding, without on all else (A_log, D, a, convolutions, norms,
-    biases); with "muon" the Linear weights inside the layers go to Muon."""
+    biases); with "muon" the Linear weights inside the layers and of skips go to Muon."""
     layers = (m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.EmbeddingBag)))
     trained = {p for p in model.parameters() if p.requires_grad}  # not what is frozen or made by a parametrization
     matrices = dict.fromkeys(w for m in layers if (w := m.weight) in trained)  # tied ones once
@@ -662,7 +662,7 @@ class Run:
             self.restore(checkpoint)
 
     def say(self, text, write=tqdm.write):
-        """Process 0 prints, or has `write` do it (the progress bar). If nobody can hear it any more, as Ctrl-C ends tee
+        """Process 0 prints, or has `write` do it (the progress bar). If stdout is closed, as by Ctrl-C, which ends tee
         too, the run saves, ends and says so on stderr."""
         try:
             if self.rank == 0:
@@ -794,8 +794,8 @@ class Run:
         return "compiled between matrix products (the first time on a machine takes up to a minute)"
 
     def try_compiled_layers(self) -> str:
-        """Compile the layers in a step of training that changes nothing. Returns why that failed, then they run as they
-        did before, or an empty text."""
+        """Compile the layers in a step of training that changes nothing. Returns an empty text, or why that failed; the
+        layers then run as before."""
         compile_layers(self.model)
         idx = torch.zeros(self.config.batch_size, self.config.block_size, dtype=torch.long)
         x, y, reset = to_device((idx, idx, idx > 0), self.device, fresh=False)
