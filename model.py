@@ -317,9 +317,9 @@ class MultiHeadAttention(nn.Module):
         return self.c_proj(y), (*state, valid)
 
     def native_code(self, qkv, S, state):
-        """What NativeAttention and NativeHeadNorm run for this call, or None where torch's operations are to run: off the
-        CPU, compiled, with dropout, with norms of heads of another class, where gradients reach the state, where the
-        halves of heads are no whole vectors, and where (T, S) weights take too much memory, as all are kept"""
+        """What NativeAttention and NativeHeadNorm run for this call, or None where torch's operations are to run: off
+        the CPU, compiled, with dropout, with norms of heads of another class, where gradients reach the state, where
+        the halves of heads are no whole vectors, and where (T, S) weights take too much memory, as all are kept"""
         _, _, T, hs = qkv.shape
         if not {type(self.q_norm), type(self.k_norm)} <= {RMSNorm, type(None)}:
             return None
@@ -771,9 +771,10 @@ class GPT(nn.Module):
         else:
             raise ValueError(f"{name_or_path}: a {c.model_type} model; GPT-2 and Mamba-1 in their usual forms will do")
         own |= dict(vocab_size=c.vocab_size, norm_eps=c.layer_norm_epsilon, tie_weights=c.tie_word_embeddings)
-        model = cls(GPTConfig(**own | keys))
-        if "position" in own and model.config.block_size > c.n_positions:
-            raise ValueError(f"block_size: {model.config.block_size}, but {name_or_path} has {c.n_positions} positions")
+        config = GPTConfig(**own | keys)
+        if "position" in own and config.block_size > c.n_positions:
+            raise ValueError(f"block_size: {config.block_size}, but {name_or_path} has {c.n_positions} positions")
+        model = cls(config)
         ours, theirs = model.state_dict(), AutoModelForCausalLM.from_pretrained(name_or_path).state_dict()
         for key, weight in theirs.items():
             for old, new in names.items():
@@ -920,7 +921,10 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
-LOGITS_AT_ONCE = 2**22  # float32 logits held at a time: 16 MiB
+def logits_at_once(x) -> int:
+    """float32 logits held at a time: 16 MiB, which a CPU's caches hold, or 256 on a GPU, where more chunks would pass
+    over the weights and their gradient too often"""
+    return 2**26 if x.is_cuda else 2**22
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -966,7 +970,7 @@ def cross_entropy(x, weight, targets):
     """Mean cross entropy of the logits x weight^T over the targets that are not -1; x (N, C), weight (V, C)."""
     x = x.to(product_type(x))
     count = (targets >= 0).sum().clamp(min=1)
-    if x.shape[0] * weight.shape[0] <= LOGITS_AT_ONCE:
+    if x.shape[0] * weight.shape[0] <= logits_at_once(x):
         logits = linear(x, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
@@ -978,7 +982,7 @@ def chunked_cross_entropy(x, weight, targets):
     apply = LinearCrossEntropy.apply
     if "torch._dynamo" in sys.modules:  # else there is none, and torch.compiler.disable would import it
         apply = torch.compiler.disable(apply)
-    return apply(x, weight, targets, max(1, LOGITS_AT_ONCE // weight.shape[0]))
+    return apply(x, weight, targets, max(1, logits_at_once(x) // weight.shape[0]))
 
 
 chunked_cross_entropy._torchdynamo_disable = True  # of this function alone, not of what it calls

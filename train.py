@@ -474,6 +474,9 @@ class AdamW(Uncompiled, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
+ORTHOGONALISED_AT_ONCE = 2**26  # elements; each takes some 14 bytes meanwhile, also where FSDP shares out all else
+
+
 class Muon(Uncompiled, torch.optim.Muon):
     """torch's Muon, faster: matrices of about one shape, lying or standing, are orthogonalised together, in bfloat16
     only where the hardware multiplies it; else torch's takes longer than the rest of a small model's step. Updates are
@@ -492,7 +495,9 @@ class Muon(Uncompiled, torch.optim.Muon):
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             torch._foreach_lerp_(grads, momenta, group["momentum"])  # Nesterov's, in the gradients' place
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            for (A, B, device), alike in shapes.items():
+            batches = ((key, alike) for key, same in shapes.items()
+                       for alike in itertools.batched(same, max(1, ORTHOGONALISED_AT_ONCE // (key[0] * key[1]))))
+            for (A, B, device), alike in batches:
                 together = torch.zeros(len(alike), A, B, dtype=alike[0].dtype, device=device)
                 standing = [p.shape[0] > p.shape[1] for p in alike]
                 for x, p, up in zip(together, alike, standing):
@@ -595,18 +600,27 @@ def quiet_compiler():
 
 def compile_layers(model: GPT):
     """Have each layer of the model compiled at its first call; layers that are alike share their code."""
-    compiled = torch.compile(truncated_layer, dynamic=False)
+    compiled = torch.compile(functools.partial(truncated, Block.forward), dynamic=False)
     # each kind of layer with and without document boundaries, with a state and without; past 8 it would give up
     torch._dynamo.config.recompile_limit = 8 + 4 * len(model.h)
     for block in model.h:
         block.forward = functools.partial(compiled, block)
 
 
-def truncated_layer(block: Block, *args):
-    """The layer with its new state detached, as the loop would do it later: compiled code would make the gradient of
-    every output, zeros though it be."""
-    x, state = Block.forward(block, *args)
-    return x, map_state(torch.Tensor.detach, state)
+def truncated(forward, *args, **kwargs):
+    """forward's outputs with the last, the new state, detached, as the loop would do it later: compiled code would make
+    the gradient of every output, zeros though it be."""
+    *outputs, state = forward(*args, **kwargs)
+    return *outputs, map_state(torch.Tensor.detach, state)
+
+
+class Truncated(nn.Module):
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return truncated(self.model, *args, **kwargs)
 
 
 def names_a_hub_model(init_from: str) -> bool:
@@ -748,7 +762,9 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if settings.fsdp and not self.sharded:
             self.say("note: fsdp: one process has nothing to share; start N by torchrun --nproc_per_node=N train.py")
-        if self.sharded:  # a layer's weights are whole while it runs, those outside the layers throughout a pass
+        if self.sharded:
+            # a layer's weights are whole while it runs, those outside the layers throughout a pass; the copies of
+            # matrices that autocast makes stay until the backward pass
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
             mesh = init_device_mesh(self.device.type, (self.world_size,))
@@ -760,7 +776,8 @@ class Run:
         elif self.world_size > 1:
             for p in self.model.parameters():  # DDP waits for every gradient; fractals of depth 1 have no joins
                 p.requires_grad_(p.requires_grad and p.numel() > 0)
-            self.step_model = DDP(self.step_model, device_ids=[self.device] if self.device.type == "cuda" else None)
+            self.step_model = DDP(self.step_model, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                  gradient_as_bucket_view=True)
         self.optimizers = make_optimizers(self.model, config, self.device)
         self.highest_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.say(f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}, {how}: {self.max_iters} steps of "
@@ -779,8 +796,8 @@ class Run:
             return "not compiled (Triton is not installed)"
         if kind == "cuda" and torch.cuda.get_device_capability(self.device) < (7, 0):
             return "not compiled (this GPU is too old for Triton)"
-        if kind == "cuda" and not self.sharded:
-            self.step_model = torch.compile(self.model, dynamic=False)
+        if kind == "cuda" and not self.sharded and wanted != "layers":
+            self.step_model = torch.compile(Truncated(self.model), dynamic=False)
             return "compiled"
         if kind == "cuda" or wanted == "layers":
             self.say("compiling the layers: some seconds for each kind, minutes for deep fractals")
@@ -788,6 +805,8 @@ class Run:
             if not reason:  # evaluation has too many shapes to compile for
                 self.as_written = functools.partial(torch.compiler.set_stance, "force_eager")
                 return "layers compiled"
+            if self.sharded:  # what failed half-way has left FSDP's weights partly gathered
+                raise RunError(f"fsdp: true, and the layers could not be compiled ({reason}); add --compile false")
             self.say(f"warning: the layers could not be compiled, they run more slowly ({reason})")
             if kind == "cuda":
                 return "not compiled"
@@ -800,7 +819,7 @@ class Run:
         idx = torch.zeros(self.config.batch_size, self.config.block_size, dtype=torch.long)
         x, y, reset = to_device((idx, idx, idx > 0), self.device, fresh=False)
         try:
-            with quiet_compiler(), torch.random.fork_rng(devices=[]):
+            with quiet_compiler(), torch.random.fork_rng(devices=[self.device] * (self.device.type == "cuda")):
                 with self.autocast:
                     _, loss, _ = self.model(x, y, state=self.initial_state(), reset=reset)
                 loss.backward()
@@ -825,10 +844,11 @@ class Run:
         with contextlib.suppress(SampleError):  # it may be of a later step, damaged or not there
             self.best_val_loss = load_checkpoint(self.folder / "best_model.pt", mmap=True)["best_val_loss"]
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer"]):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, state in saved["state"].items():  # before it is loaded: no device need hold all of it
+                alike = {key: t for key, t in state.items() if getattr(t, "shape", None) == params[i].shape}
+                state.update({key: share_like(params[i], t) for key, t in alike.items()})
             optimizer.load_state_dict(saved)
-            for p, state in optimizer.state.items():
-                alike = {key: t for key, t in state.items() if getattr(t, "shape", None) == p.shape}
-                state.update({key: share_like(p, t) for key, t in alike.items()})
         if checkpoint["scaler"]:  # another type may have had none
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.loader.load_state_dict(checkpoint["loader"])
@@ -845,7 +865,7 @@ class Run:
             rng["cuda"] = torch.cuda.get_rng_state()
         ranks = [(rng, map_state(lambda t: t.cpu(), self.state))] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(ranks, ranks[0])  # each in its place
+            dist.gather_object(ranks[0], ranks if self.rank == 0 else None)  # each in its place
         return {
             "format": CHECKPOINT_FORMAT, "model": self.gathered(self.model.state_dict()), "model_args": self.model_args,
             "optimizer": [self.gathered(optimizer.state_dict()) for optimizer in self.optimizers],
@@ -988,20 +1008,23 @@ class Run:
             step_loss += loss.detach() * part
             if self.carries:  # truncated back-propagation: the state goes on, its gradient does not
                 self.state = self.model.next_block(map_state(torch.Tensor.detach, state))
+            del state  # it holds what layers kept for the backward pass
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
+        grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf,
+                                                   foreach=self.sharded or None))  # torch's own choice is no for shares
         if self.world_size > 1:
             dist.all_reduce(step_loss)
-        if torch.isfinite(step_loss) and torch.isfinite(grad_norm):
+        loss, grad_norm = torch.stack((step_loss, grad_norm)).tolist()  # waits for the device, once
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-        elif not torch.isfinite(step_loss):  # nor is the state, perhaps
+        elif not math.isfinite(loss):  # nor is the state, perhaps
             self.state = self.initial_state()
         self.scaler.update()
         self.step += 1
         self.tokens += self.tokens_per_step
-        return step_loss.item(), share * self.config.learning_rate, grad_norm.item()
+        return loss, share * self.config.learning_rate, grad_norm
 
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop: all must leave the loop at the same step."""

@@ -470,7 +470,7 @@ def test_chunked_cross_entropy_equals_the_plain_one():
 
 def test_a_compiler_leaves_the_chunks_of_the_loss_alone(monkeypatch):
     """Unrolled, all of them would be in memory at once."""
-    monkeypatch.setattr(sys.modules["model"], "LOGITS_AT_ONCE", 4 * V)
+    monkeypatch.setattr(sys.modules["model"], "logits_at_once", lambda x: 4 * V)
     model, idx, graphs = make("hybrid").eval(), torch.randint(V, (2, 8)), []
     compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
     (_, loss, _), (_, expected, _) = compiled(idx, idx), model(idx, idx)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 from torch.utils.tensorboard import SummaryWriter
 
 import kernels
@@ -356,6 +357,20 @@ def test_what_a_gpu_compiles(folder, monkeypatch):
         monkeypatch.setattr(kernels, "triton", triton)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert this.compile() == said and (this.step_model is this.model) == (said != "compiled")
+    monkeypatch.setattr(this, "try_compiled_layers", lambda: "")
+    this.settings.compile = "layers"
+    assert this.compile() == "layers compiled" and this.step_model is this.model
+
+
+def test_a_compiled_model_makes_no_gradients_of_its_state(folder):
+    """Compiled code makes one of every output that has one, and those of states, all zeros, are large."""
+    model, idx = made().model, torch.zeros(2, 4, dtype=torch.long)
+    compiled = torch.compile(train.Truncated(model), backend="aot_eager", fullgraph=True)
+    start = model.initial_state(2)
+    (_, loss, state), (_, expected, usual) = (f(idx, idx, state=start) for f in (compiled, model))
+    torch.testing.assert_close((loss, state), (expected, map_state(torch.Tensor.detach, usual)))
+    assert loss.requires_grad and not any(t.requires_grad for t in tree_leaves(state))
+    assert any(t.requires_grad for t in tree_leaves(usual))
 
 
 def test_every_kind_of_layer_stays_compiled(monkeypatch):
@@ -379,6 +394,9 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(folder, capsys, monkeypa
     this = run("--max_iters", 2, "--compile", "layers")
     assert "warning: the layers could not be compiled, they run more slowly (RuntimeError: no g++)" in \
         capsys.readouterr().out and this.step == 2
+    this.sharded = True  # FSDP's weights stay partly gathered where a pass fails, and optimizers would miss them
+    with pytest.raises(train.RunError, match=r"^fsdp: true, .* \(RuntimeError: no g\+\+\); add --compile false$"):
+        this.compile()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -789,10 +807,12 @@ def test_learning_rate_schedule():
     assert usual == pytest.approx([1 / 20, 1, 0.55, 0.1, 1 / 100])  # warm-up for a twentieth or 100 steps, down to 0.1
 
 
+@pytest.mark.parametrize("at_once", [train.ORTHOGONALISED_AT_ONCE, 2 * 64 * 64, 1])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_muon_moves_the_singular_values_alone(transposed):
+def test_muon_moves_the_singular_values_alone(transposed, at_once, monkeypatch):
     """Each update is U p(p(..p(S))) V^T of the momentum's singular values S / |S|, p(s) = a s + b s^3 + c s^5."""
     torch.manual_seed(0)
+    monkeypatch.setattr(train, "ORTHOGONALISED_AT_ONCE", at_once)
     weights = [torch.randn(5, 9) for _ in range(3)] + [torch.randn(4, 4)]
     params = [torch.nn.Parameter(w.t().clone() if transposed else w) for w in weights]
     muon = train.Muon(params, lr=0.5, weight_decay=0.1)
