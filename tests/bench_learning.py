@@ -107,8 +107,8 @@ def stage(data: Path, name: str, on: str | None) -> Path:
         if not (data / file).is_file():
             sys.exit(f"error: {data / file} is not there; give --data a folder that has it")
         link = folder / Path(file).name
-        if not link.exists():
-            link.symlink_to((data / file).resolve())
+        link.unlink(missing_ok=True)  # of another --data
+        link.symlink_to((data / file).resolve())
     return folder
 
 

@@ -2,13 +2,14 @@
 `uv run tests/bench_steps.py [--quick] [--threads N] [--json FILE]`.
 
 All in one run, the candidates taking turns, medians of repeats, so that ratios hold on any machine. A step is forward,
-backward, clipping and AdamW on random bytes, vocabulary 256, float32; every candidate has its model's own defaults.
+backward, clipping and AdamW on random bytes, vocabulary 256, float32, without a state from the step before; every
+candidate has its model's own defaults, and AdamW as its own training program has it on a CPU, fused here alone.
 Where the CPU multiplies bfloat16, ours and nanoGPT run once more, under autocast; layers: as train.py --compile layers;
 learned positions: nanoGPT's in place of rotary ones; products: the matrix products of our step and nothing else.
 The process keeps freed memory for all of them, as train.py does.
   tokens/s   of a training step
-  ms/token   of decoding at batch 1 from a prompt of 16 tokens, the most likely token each time; the first and the last
-             tenth of the tokens show whether it stays constant
+  ms/token   of decoding at batch 1 from a prompt of 16 tokens, the most likely token each time, 100 tokens a turn; the
+             first and the last tenth of the tokens show whether it stays constant
   MB         peak extra memory of two training steps, optimizer state included: VmHWM less VmRSS before the model is
              made, in a fresh process
 nanoGPT: its model rebuilt from its published configuration (github.com/karpathy/nanoGPT). mamba.py: mambapy's Mamba
@@ -16,6 +17,7 @@ with an embedding and a head. transformers: its GPT-2 and Mamba, the latter by i
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -141,7 +143,7 @@ def steps(make, B, T, vocab=V, bfloat16=False):
 
 class Products(TorchDispatchMode):
     """The matrix products of what runs within, in the order and the layouts it makes them. Called: the same products,
-    of random numbers."""
+    of random numbers, which lie as far apart in memory."""
 
     def __init__(self):
         super().__init__()
@@ -149,12 +151,11 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op in PRODUCTS:
-            self.calls.append((op, [self.operand(i, x) if isinstance(x, torch.Tensor) else x
-                                    for i, x in enumerate(args)]))
+            self.calls.append((op, [self.operand(x) if isinstance(x, torch.Tensor) else x for x in args]))
         return op(*args, **(kwargs or {}))
 
-    def operand(self, i, x):
-        key = i, x.shape, x.stride(), x.dtype
+    def operand(self, x):
+        key = x.data_ptr(), x.shape, x.stride(), x.dtype
         if key not in self.operands:
             self.operands[key] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_()
         return self.operands[key]
@@ -219,7 +220,7 @@ def training(repeats):
 
 @torch.inference_mode()
 def decode(name, tokens):
-    """Seconds of each token."""
+    """Yields the seconds of each token."""
     torch.manual_seed(0)
     idx = torch.randint(V, (1, 16))
     if name == "mamba.py":
@@ -240,7 +241,6 @@ def decode(name, tokens):
         model = ours(**MAMBA, kind=kind, block_size=256, **keys).eval()
         logits, _, state = model(idx, last_only=True)
         step = decoder(model, state)
-    seconds = []
     for _ in range(tokens):
         start = time.perf_counter()
         token = logits.reshape(1, -1).argmax(-1, keepdim=True)
@@ -255,8 +255,7 @@ def decode(name, tokens):
             logits = model(idx)[:, -1]
         else:
             logits = step(token)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        yield time.perf_counter() - start
 
 
 def decoding(tokens):
@@ -264,9 +263,12 @@ def decoding(tokens):
              "nanoGPT"]
     title = f"decoding {tokens} tokens, 4 x 256"
     print(f"\n{title:42}{'ms/token':>10}{'first 10 %':>12}{'last 10 %':>12}{'/ ours':>8}")
-    rows, tenth = [], tokens // 10
-    for name in names:
-        seconds = decode(name, tokens)
+    rows, tenth, times = [], tokens // 10, {name: [] for name in names}
+    going = {name: decode(name, tokens) for name in names}
+    for _ in range(0, tokens, 100):
+        for name, seconds in going.items():
+            times[name] += itertools.islice(seconds, 100)
+    for name, seconds in times.items():
         ms = [1e3 * statistics.median(part) for part in (seconds, seconds[:tenth], seconds[-tenth:])]
         rows.append({"decoding": name, "ms": ms[0], "first": ms[1], "last": ms[2]})
         print(f"  {name:40}{ms[0]:10.2f}{ms[1]:12.2f}{ms[2]:12.2f}{ms[0] / rows[0]['ms']:8.2f}", flush=True)

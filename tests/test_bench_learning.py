@@ -118,5 +118,9 @@ def test_a_recipe_is_trained_on_the_text_that_is_asked_for(tmp_path, monkeypatch
         "tale.txt"]
     assert [p.read_text() for p in bench_learning.stage(tmp_path, "shakespeare_fast", None).iterdir()] == [
         "tinyshakespeare.txt"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tale.txt").write_text("another")
+    assert [p.read_text() for p in bench_learning.stage(tmp_path / "other", "shakespeare_fast", "tale.txt").iterdir()
+            ] == ["another"]
     with pytest.raises(SystemExit, match="is not there; give --data"):
         bench_learning.stage(tmp_path, "shakespeare_fast", "none.txt")
