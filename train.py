@@ -495,9 +495,9 @@ class Muon(Uncompiled, torch.optim.Muon):
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             torch._foreach_lerp_(grads, momenta, group["momentum"])  # Nesterov's, in the gradients' place
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            batches = ((key, alike) for key, same in shapes.items()
-                       for alike in itertools.batched(same, max(1, ORTHOGONALISED_AT_ONCE // (key[0] * key[1]))))
-            for (A, B, device), alike in batches:
+            slices = ((key, alike) for key, same in shapes.items() for alike in itertools.batched(
+                same, max(1, ORTHOGONALISED_AT_ONCE // (key[0] * key[1])), strict=False))
+            for (A, B, device), alike in slices:
                 together = torch.zeros(len(alike), A, B, dtype=alike[0].dtype, device=device)
                 standing = [p.shape[0] > p.shape[1] for p in alike]
                 for x, p, up in zip(together, alike, standing):
