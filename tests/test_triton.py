@@ -251,7 +251,8 @@ def interpreted():
 
 
 def _within(errors, limit):
-    assert errors and max(errors.values()) < limit, {k: v for k, v in errors.items() if v >= limit}
+    far = {k: e for k, e in errors.items() if not e < limit}  # NaN as well
+    assert errors and not far, far
 
 
 def test_the_interpreter_runs_triton_unasked(interpreted):
@@ -329,6 +330,15 @@ def test_report_compares_like_with_like():
     """What the report times against transformers' mixer computes the same."""
     *_, difference = kernel_report.against_transformers("cpu", 5, lambda call: call())
     assert difference < 2e-6
+
+
+def test_report_calls_a_nan_wrong(monkeypatch, capsys):
+    *forward, conv_bwd = kernels.IMPLEMENTATIONS["torch"]
+    bad = *forward, lambda *args: [x * torch.nan for x in conv_bwd(*args)]
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "torch", bad)
+    kernel_report.print_check("torch, cpu", "cpu", "torch")
+    wrong = ["WRONG" in line for line in capsys.readouterr().out.splitlines()]
+    assert wrong == [False, True] * 2  # of the scan, of the convolution, in two types
 
 
 def test_report_refuses_to_compile_what_is_interpreted(monkeypatch):
