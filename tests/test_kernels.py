@@ -194,7 +194,10 @@ def test_autocast_does_not_reach_into_the_plain_scan(monkeypatch):
         assert all(map(torch.equal, values(), exact))
 
 
-def test_large_sizes_cross_tiles_and_chunks():
+def test_large_sizes_cross_tiles_and_chunks(monkeypatch):
+    monkeypatch.setattr(kernels, "COMPILE", False)
+    monkeypatch.setattr(kernels, "TILE", 1024)
+    assert len(kernels._tiles(3, 11, 300)) == 3 * 4  # rows and channels are cut
     x = scan_inputs(3, 70, 300, 11, dtype=torch.float32)
     exact = double(x)
     options = dict(delta_softplus=True, reset=resets(3, 70, [(0, 0), (0, 69), (1, 16), (1, 17), (2, 31)]),
