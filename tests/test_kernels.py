@@ -734,6 +734,31 @@ def test_updates_continue_what_the_sequence_forms_leave():
         torch.testing.assert_close(y, whole[..., t])
 
 
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("l, k", [(None, 3), (None, 6), (2, 3), (2, 6), (7, 3), (7, 6)])
+def test_conv_updates_against_lists_of_past_inputs(l, k, ring):
+    """One position (b, d) or l of them; conv_state as long as W-1 or longer, shifted or a ring."""
+    gen = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)  # noqa: E731
+    weight, bias, state, seen = rand(2, 4), rand(2), rand(3, 2, k), torch.tensor([0, 4, 11], dtype=torch.int32)
+
+    def oldest_first(row):  # in a ring the oldest is where the next one goes
+        return state[row].roll(-int(seen[row]) if ring else 0, 1)
+
+    past = [list(oldest_first(row).unbind(1)) for row in range(3)]
+    for _ in range(3):
+        x = rand(3, 2, *([l] if l else []))
+        y = causal_conv1d_update(x, state, weight, bias, "silu", seen if ring else None)
+        assert y.shape == x.shape
+        seen += l or 1
+        for row in range(3):
+            for x_t, y_t in zip(x[row].view(2, -1).unbind(1), y[row].view(2, -1).unbind(1)):
+                past[row].append(x_t)
+                expected = F.silu(bias + sum(weight[:, w] * past[row][w - 4] for w in range(4)))
+                torch.testing.assert_close(y_t, expected)
+            assert torch.equal(oldest_first(row), torch.stack(past[row][-k:], 1))
+
+
 def test_updates_skip_the_padding_of_a_batch_and_keep_no_graph():
     gen = torch.Generator().manual_seed(0)
     rand = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)  # noqa: E731
