@@ -759,6 +759,18 @@ def test_conv_updates_against_lists_of_past_inputs(l, k, ring):
             assert torch.equal(oldest_first(row), torch.stack(past[row][-k:], 1))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_state_update_of_heads_by_einsum(groups):
+    gen = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)  # noqa: E731
+    state, x, dt, z = rand(2, 4, 3, 5), rand(2, 4, 3), rand(2, 4, 3), rand(2, 4, 3)
+    A, B, C, D, bias = -rand(4, 3, 5).exp(), rand(2, groups, 5), rand(2, groups, 5), rand(4, 3), rand(4, 3)
+    step, (B_h, C_h) = F.softplus(dt + bias), (m.repeat_interleave(4 // groups, 1) for m in (B, C))
+    h = torch.exp(step[..., None] * A) * state + torch.einsum("bhd,bhn->bhdn", step * x, B_h)
+    y = (torch.einsum("bhdn,bhn->bhd", h, C_h) + D * x) * F.silu(z)
+    assert_near((selective_state_update(state, x, dt, A, B, C, D, z, bias, True), state), (y, h), 1e-12)
+
+
 def test_updates_skip_the_padding_of_a_batch_and_keep_no_graph():
     gen = torch.Generator().manual_seed(0)
     rand = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)  # noqa: E731
