@@ -721,6 +721,8 @@ def test_updates_continue_what_the_sequence_forms_leave():
     x, weight, bias = rand(2, 3, 9), rand(3, 4), rand(3)
     whole = causal_conv1d_fn(x, weight, bias, activation="silu")
     _, state = causal_conv1d_fn(x[..., :5], weight, bias, return_final_states=True, activation="silu")
+    rest = causal_conv1d_fn(x[..., 5:], weight, bias, initial_states=state, activation="silu")
+    torch.testing.assert_close(rest, whole[..., 5:])
     state = state.contiguous()
     for t in range(5, 9):
         torch.testing.assert_close(causal_conv1d_update(x[..., t], state, weight, bias, "silu"), whole[..., t])
