@@ -301,12 +301,15 @@ def test_each_tensor_is_read_and_written_once(interpreted):
 @pytest.mark.parametrize("op, inputs", [
     (kernels.selective_scan, [torch.rand(1, 3, 2), torch.rand(1, 3, 2), -torch.rand(2, 1), *torch.rand(2, 1, 3, 1)]),
     (kernels.causal_conv1d, [torch.rand(1, 3, 2), torch.rand(2, 2)])])
-def test_second_derivatives_are_refused(monkeypatch, op, inputs):
-    inputs = [x.double().requires_grad_() for x in inputs]
+def test_second_derivatives_and_float64_are_refused(monkeypatch, op, inputs):
+    inputs = [x.clone().requires_grad_() for x in inputs]
     first = torch.autograd.grad(op(*inputs).square().sum(), inputs, create_graph=True)
     monkeypatch.setenv("KERNELS", "triton")
-    with pytest.raises(RuntimeError, match="KERNELS=torch"):
+    monkeypatch.setattr(kernels, "INTERPRET", True)  # else what is missing is a GPU
+    with pytest.raises(RuntimeError, match=f"{op.__name__}: no second derivatives"):
         torch.autograd.grad(sum(g.sum() for g in first), inputs)
+    with pytest.raises(ValueError, match="float64 is not for the Triton kernels"):
+        op(*(x.double() for x in inputs))
 
 
 COMPILED = """
