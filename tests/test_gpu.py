@@ -13,13 +13,13 @@ import pytest
 import torch
 from test_model import MIXERS, V, make
 from test_triton import (
-    BFLOAT16,
     CONVS,
     FLOAT32,
     SCANS,
     _chunks,
     _conv,
     _conv_inputs,
+    _limit,
     _scan,
     _scan_inputs,
     _steps,
@@ -58,12 +58,14 @@ def on_gpu():
 
 @pytest.mark.parametrize("case", [*SCANS, *MANY])
 def test_scan_equals_oracle(on_gpu, case):
-    _within(_scan(**(SCANS | MANY)[case]), BFLOAT16 if "float16" in str((SCANS | MANY)[case]) else FLOAT32)
+    case = (SCANS | MANY)[case]
+    _within(_scan(**case), _limit(**case))
 
 
 @pytest.mark.parametrize("case", [*CONVS, *MANY_CONVS])
 def test_conv_equals_oracle(on_gpu, case):
-    _within(_conv(**(CONVS | MANY_CONVS)[case]), BFLOAT16 if "float16" in str((CONVS | MANY_CONVS)[case]) else FLOAT32)
+    case = (CONVS | MANY_CONVS)[case]
+    _within(_conv(**case), _limit(**case))
 
 
 def test_chunks_with_carried_state_are_the_whole(on_gpu):
