@@ -352,7 +352,8 @@ def print_gpu(rows):
                 time = milliseconds(call)
                 same = [r for r in rows if (r["kernel"], r["sm"], r["dtype"], r["reset"])
                         == (name, 10 * major + minor, str(dtype)[6:], reset)]
-                beside = f"bound {same[0]['bound_ms']:.3f}" if same else "no bound for this generation"
+                beside = (f"bound {same[0]['bound_ms']:.3f} ({GPUS[same[0]['sm']][0]})" if same
+                          else "no bound for this generation")
                 print(f"  {name:20} {str(dtype)[6:]:9} reset {reset!s:5} {time:8.3f}   {beside}")
                 for r in same:
                     r["measured_ms"] = time
