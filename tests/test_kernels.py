@@ -589,7 +589,7 @@ def test_fakes_on_a_gpu_that_need_not_be_there():
         with FakeTensorMode():
             fake = op(*(torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
                         if isinstance(a, torch.Tensor) else a for a in args))
-        if op is scan_fwd:  # Triton keeps states alone, (b, d, n) every SEGMENT positions
+        if op is scan_fwd and "triton" in kernels.IMPLEMENTATIONS:  # keeps states alone, every SEGMENT positions
             real = *real[:2], real[2].new_empty(1, 2 * 3 * 2)
         for a, b in zip(real, fake, strict=True):
             assert (a.shape, a.dtype, a.stride(), "cuda") == (b.shape, b.dtype, b.stride(), b.device.type)
