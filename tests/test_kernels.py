@@ -566,14 +566,11 @@ def test_opcheck(absent):
         assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("time_first", [False, True])
-def test_fakes_have_the_real_strides(time_first):
-    def lie(a):
-        turned = time_first and isinstance(a, torch.Tensor) and a.dim() == 3
-        return a.detach().transpose(0, 1).contiguous().transpose(0, 1) if turned else a
-
+def test_fakes_have_the_real_strides_of_what_lies_time_first():
+    """opcheck compares those of what is contiguous."""
     for op, args in op_arguments():
-        args = [lie(a) for a in args]
+        args = [a.detach().transpose(0, 1).contiguous().transpose(0, 1) if isinstance(a, torch.Tensor) and a.dim() == 3
+                else a for a in args]
         meta = [a.detach().to("meta") if isinstance(a, torch.Tensor) else a for a in args]
         with torch.no_grad():
             real, fake = op(*args), op(*meta)
