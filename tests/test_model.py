@@ -357,15 +357,18 @@ def test_fractal_draws_come_from_their_own_seed():
 
 def test_fractal_join_keeps_the_mean_and_draws_per_row():
     model = make("fractal", fractal_depth_range=[2, 2], fractal_count=1, fractal_drop=0.4, fractal_level_drop=0.0)
-    mixer = model.h[0].mixer
+    mixer, shares = model.h[0].mixer, []
     x = torch.randn(1, 1, 12, dtype=torch.double).expand(20000, 1, 12)
     torch.manual_seed(0)
     with torch.no_grad():
+        mixer.fractals[0].a.fill_(1.5)
         drawn = mixer.train()(x, None, None)[0]
-        expected = mixer.eval()(x[:1], None, None)[0]
-    assert len({round(v, 9) for v in drawn[:, 0, 0].tolist()}) == 3  # the mean, deep alone, shallow alone
-    whole = (drawn - expected).abs().amax((1, 2)) < 1e-12
-    assert abs(whole.double().mean() - 0.6) < 0.02
+        for a in (1.5, 99, -99):  # the mean, deep alone, shallow alone
+            mixer.fractals[0].a.fill_(a)
+            expected = mixer.eval()(x[:1], None, None)[0]
+            shares.append(((drawn - expected).abs().amax((1, 2)) < 1e-12).double().mean().item())
+    p = 1 / (1 + math.exp(-1.5))
+    assert sum(shares) == pytest.approx(1) and shares == pytest.approx([0.6, 0.4 * p, 0.4 * (1 - p)], abs=0.015)
 
 
 def test_fractal_levels_are_fixed_for_the_life_of_a_state():
