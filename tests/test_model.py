@@ -418,10 +418,24 @@ def test_bottleneck_is_the_first_run_of_minimum_width():
         assert GPT(GPTConfig(vocab_size=5, n_embd=widths, attention_type="mamba")).bottleneck == where
 
 
+@torch.no_grad()
 def test_skip_connections_start_at_zero_and_pair_mirrors():
-    model = GPT(GPTConfig(vocab_size=5, n_embd=[16, 12, 8, 8, 12, 20], attention_type="mamba", skip_connections=True))
-    assert set(model.skip) == {"3", "4"}
+    """Each adds its mirror's output to its layer's input, in forward and in a decoder."""
+    model = GPT(GPTConfig(vocab_size=5, n_embd=[12, 12, 12, 8, 12, 20], attention_type="mamba", norm="layernorm",
+                          skip_connections=True)).double().eval()
+    assert set(model.skip) == {"4"}
     assert all(m.weight.abs().max() == 0 for m in model.skip.values())
+    idx, outputs, inputs = torch.randint(5, (2, 1)), [], []
+    for block in model.h:
+        block.register_forward_hook(lambda _, args, out: outputs.append(out[0]))
+    model.h[4].ln_1.register_forward_hook(lambda _, args, out: inputs.append(args[0].view(2, 12)))
+    torch.nn.init.normal_(model.skip["4"].weight)
+    model(idx)
+    decoder(model, model.initial_state(2))(idx)
+    expected = outputs[3] @ model.h[4].resize.weight.T + outputs[1] @ model.skip["4"].weight.T
+    for x in inputs:
+        close(x, expected[:, 0])
+    assert len(inputs) == 2
 
 
 def test_flops_agree_with_pytorchs_counter():
