@@ -241,9 +241,13 @@ def test_row_with_resets_equals_its_documents(kind):
     reset[0, cuts[:-1]] = True
     dirty = map_state(lambda t: torch.ones_like(t), model.initial_state(1))
     whole, _, state = model(idx, state=dirty, reset=reset)
+    parameters, dy, grads = [p for p in model.parameters() if p.numel()], torch.randn(whole.shape).double(), []
     for a, b in itertools.pairwise(cuts):
         alone, _, last = model(idx[:, a:b])
         close(whole[:, a:b], alone)
+        grads.append(torch.autograd.grad(alone, parameters, dy[:, a:b]))
+    for ours, *parts in zip(torch.autograd.grad(whole, parameters, dy), *grads):
+        close(ours, sum(parts))
     more = torch.randint(V, (1, 5), generator=torch.Generator().manual_seed(2))
     close(model(more, state=state)[0], model(more, state=last)[0])
 
