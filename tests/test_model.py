@@ -18,7 +18,6 @@ import sample
 from model import (
     GPT,
     GPTConfig,
-    LinearCrossEntropy,
     NGramEmbedding,
     cross_entropy,
     feed_forward_width,
@@ -474,19 +473,24 @@ def test_layer_table_counts_every_parameter_once(kind):
     assert [i for i, line in enumerate(table[1:]) if "(bottleneck)" in line] == [model.bottleneck]
 
 
-def test_chunked_cross_entropy_equals_the_plain_one():
-    gen = torch.Generator().manual_seed(0)
-    x = torch.randn(37, 9, generator=gen, dtype=torch.double, requires_grad=True)
-    w = torch.randn(50, 9, generator=gen, dtype=torch.double, requires_grad=True)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("rows", [8, 37], ids=["chunks", "whole"])
+def test_cross_entropy_is_its_definition_in_float64(monkeypatch, dtype, tolerance, rows):
+    """In chunks of 8 of the 37 rows or all at once; bfloat16 is autocast's, of float32."""
+    gen, wide = torch.Generator().manual_seed(0), torch.promote_types(dtype, torch.float32)
+    monkeypatch.setattr(sys.modules["model"], "logits_at_once", lambda x: rows * 50)
+    exact = [torch.randn(n, 9, generator=gen, dtype=torch.double, requires_grad=True) for n in (37, 50)]
+    inputs = [t.detach().to(wide).requires_grad_() for t in exact]
     targets = torch.randint(-1, 50, (37,), generator=gen)
-    plain = torch.nn.functional.cross_entropy(x @ w.T, targets, ignore_index=-1)
-    reference = torch.autograd.grad(plain, (x, w))
-    close(cross_entropy(x, w, targets), plain, 1e-12)
-    chunked = LinearCrossEntropy.apply(x, w, targets, 8) / (targets >= 0).sum()
-    close(chunked, plain, 1e-12)
-    for a, b in zip(torch.autograd.grad(chunked, (x, w)), reference):
-        close(a, b, 1e-12)
-    assert cross_entropy(x, w, torch.full((37,), -1)).item() == 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = cross_entropy(*inputs, targets)
+        assert cross_entropy(*inputs, torch.full((37,), -1)).item() == 0
+        with torch.no_grad():
+            close(cross_entropy(*inputs, targets), loss, 1e-6)
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets, ignore_index=-1)
+    pairs = zip((loss, *torch.autograd.grad(loss, inputs)), (expected, *torch.autograd.grad(expected, exact)))
+    for actual, reference in pairs:
+        assert actual.dtype == wide and (actual.double() - reference).norm() <= tolerance * reference.norm()
 
 
 def test_a_compiler_leaves_the_chunks_of_the_loss_alone(monkeypatch):
