@@ -1205,8 +1205,14 @@ FSDP = ["--fsdp", "true", "--optimizer", "muon", "--gradient_accumulation_steps"
 
 @pytest.mark.parametrize("flags", [pytest.param([], id="ddp"), pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow)])
 def test_two_processes_are_one_larger_batch(folder, flags, capsys):
-    """Over gloo with two rows a process they take the same steps as one process with four, and go on from what they
-    saved; what FSDP saved, one process could load as well."""
+    """Over gloo with two rows a process they take the same steps as one process with four, also where one of them has
+    fewer targets, and go on from what they saved; what FSDP saved, one process could load as well."""
+    text = (folder / "dataset/textwrap.py").read_text()
+    for path in (folder / "dataset").iterdir():
+        path.unlink()
+    for i in range(500):  # documents of one character: every other target is <|endoftext|>, which does not count
+        (folder / f"dataset/{i:03}.txt").write_text(text[i])
+    (folder / "dataset/long.txt").write_text(text[500:1500])
     common = ["--max_iters", 5, "--fractal_drop", 0, "--fractal_level_drop", 0, "--eval_lanes", 1,
               "--fractal_depths", "[[],[1,2],[]]", "--fractal_dims", "[[],[8,16],[]]", *flags]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -1223,8 +1229,11 @@ def test_two_processes_are_one_larger_batch(folder, flags, capsys):
     assert out.count("best_model.pt") == 1  # one process speaks
     assert ("sharded over 2 processes" in out) == bool(flags)
     assert "train on:  uv run torchrun --nproc_per_node=2 train.py" in out and "--init_from resume" in out
-    run(*common, "--batch_size", 4, "--checkpoint_dir", "one")
+    alone = run(*common, "--batch_size", 4, "--checkpoint_dir", "one")
     assert ("note: fsdp: one process" in capsys.readouterr().out) == bool(flags)
+    loaders = [train.DataLoader(alone.loader.tokens, 2, 16, 256, rank=rank, world_size=2) for rank in range(2)]
+    targets = sorted(sum((loader.next_batch()[1] >= 0).sum() for _ in range(5)) for loader in loaders)
+    assert 1.2 * targets[0] < targets[1]
     two, one = (train.load_checkpoint(folder / f"{n}/checkpoint_step_000005.pt") for n in ("two", "one"))
     assert len(two["rng"]) == len(two["state"]) == 2 and two["tokens"] == one["tokens"]
     assert not torch.equal(*(rng["cpu"] for rng in two["rng"]))  # noise of its own
