@@ -287,20 +287,22 @@ def same(a, b, path=""):
         assert a == b or a != a, path
 
 
-def assert_resume_is_exact(folder, step, *flags):
-    """A run up to `step` that goes on from its checkpoint before the last ends as the whole run did."""
+def assert_resume_is_exact(folder, step, *flags, start=run):
+    """A run up to `step` that goes on from its checkpoint before the last ends as the whole run did. Returns its last
+    checkpoint."""
     last = folder / f"checkpoints/checkpoint_step_{step:06d}.pt"
-    run("--max_iters", step, *flags)
+    start("--max_iters", step, *flags)
     whole = train.load_checkpoint(last)
     last.unlink()
     before = train.checkpoints(last.parent)[-1]
     torch.save(train.load_checkpoint(before) | {"seconds": 1e6}, before)
-    metrics = run("--max_iters", step, *flags, "--init_from", "resume").metrics
-    resumed = train.load_checkpoint(last)
-    assert min(resumed["seconds"], metrics[-1]["seconds"]) > 1e6
+    start("--max_iters", step, *flags, "--init_from", "resume")
+    resumed, metrics = train.load_checkpoint(last), (last.parent / "metrics.jsonl").read_text().splitlines()
+    assert min(resumed["seconds"], json.loads(metrics[-1])["seconds"]) > 1e6
     for checkpoint in (whole, resumed):
         del checkpoint["seconds"], checkpoint["config"]["init_from"]
     same(whole, resumed)
+    return whole
 
 
 @pytest.mark.parametrize("extra", [
@@ -1210,36 +1212,39 @@ def test_two_processes_are_one_larger_batch(folder, flags, capsys):
     text = (folder / "dataset/textwrap.py").read_text()
     for path in (folder / "dataset").iterdir():
         path.unlink()
-    for i in range(500):  # documents of one character: every other target is <|endoftext|>, which does not count
-        (folder / f"dataset/{i:03}.txt").write_text(text[i])
-    (folder / "dataset/long.txt").write_text(text[500:1500])
-    common = ["--max_iters", 5, "--fractal_drop", 0, "--fractal_level_drop", 0, "--eval_lanes", 1,
-              "--fractal_depths", "[[],[1,2],[]]", "--fractal_dims", "[[],[8,16],[]]", *flags]
+    for i in range(0, 800, 2):  # documents of two characters: each third target is <|endoftext|>, which does not count
+        (folder / f"dataset/{i:03}.txt").write_text(text[i : i + 2])
+    (folder / "dataset/long.txt").write_text(text[800:2000])
+    common = [*STILL, "--checkpoint_interval", 3, "--eval_lanes", 1, "--fractal_depths", "[[],[1,2],[]]",
+              "--fractal_dims", "[[],[8,16],[]]", *flags]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 str(ROOT / "train.py")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env, outs, logged = os.environ | {"OMP_NUM_THREADS": "1"}, [], []
 
-    def two_processes(*more):
-        done = subprocess.run([*torchrun, *TINY, *map(str, common), "--checkpoint_dir", "two", *more],
-                              capture_output=True, text=True, env=env, timeout=300)
+    def first_metrics(checkpoint_dir):
+        return json.loads((folder / checkpoint_dir / "metrics.jsonl").read_text().splitlines()[0])
+
+    def two_processes(*flags):
+        done = subprocess.run([*torchrun, *TINY, *map(str, flags)], capture_output=True, text=True, env=env,
+                              timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
+        outs.append(done.stdout)
+        logged.append(first_metrics("checkpoints"))
 
-    out = two_processes()
+    two, out = assert_resume_is_exact(folder, 6, *common, start=two_processes), outs[0]
     assert out.count("best_model.pt") == 1  # one process speaks
     assert ("sharded over 2 processes" in out) == bool(flags)
     assert "train on:  uv run torchrun --nproc_per_node=2 train.py" in out and "--init_from resume" in out
-    alone = run(*common, "--batch_size", 4, "--checkpoint_dir", "one")
+    alone = run(*common, "--max_iters", 6, "--batch_size", 4, "--checkpoint_dir", "one")
     assert ("note: fsdp: one process" in capsys.readouterr().out) == bool(flags)
     loaders = [train.DataLoader(alone.loader.tokens, 2, 16, 256, rank=rank, world_size=2) for rank in range(2)]
-    targets = sorted(sum((loader.next_batch()[1] >= 0).sum() for _ in range(5)) for loader in loaders)
+    targets = sorted(sum((loader.next_batch()[1] >= 0).sum() for _ in range(6)) for loader in loaders)
     assert 1.2 * targets[0] < targets[1]
-    two, one = (train.load_checkpoint(folder / f"{n}/checkpoint_step_000005.pt") for n in ("two", "one"))
+    one = train.load_checkpoint(folder / "one/checkpoint_step_000006.pt")
     assert len(two["rng"]) == len(two["state"]) == 2 and two["tokens"] == one["tokens"]
     assert not torch.equal(*(rng["cpu"] for rng in two["rng"]))  # noise of its own
-    logged = [json.loads((folder / f"{n}/metrics.jsonl").read_text().splitlines()[0]) for n in ("two", "one")]
     for key in ("train_loss", "grad_norm", "tokens"):
-        assert logged[0][key] == pytest.approx(logged[1][key], rel=0.02)
+        assert logged[0][key] == pytest.approx(first_metrics("one")[key], rel=0.02)
     for name, p in one["model"].items():
         if flags and p.ndim == 2:  # Muon makes much of rounding where a gradient has no full rank
             assert (two["model"][name] - p).norm() < 0.05 * p.norm()
@@ -1247,5 +1252,3 @@ def test_two_processes_are_one_larger_batch(folder, flags, capsys):
             torch.testing.assert_close(two["model"][name], p, rtol=2e-3, atol=2e-5)
     assert [[*o["state"]] for o in two["optimizer"]] == [[*o["state"]] for o in one["optimizer"]]
     assert two["best_val_loss"] == pytest.approx(one["best_val_loss"], rel=1e-4)
-    two_processes("--init_from", "resume", "--max_iters", "7")
-    assert (folder / "two/checkpoint_step_000007.pt").exists()
