@@ -638,6 +638,8 @@ def test_resume_refuses_another_run_and_names_both_values(folder, capsys):
                            gradient_accumulation_steps=2, val_fraction=0.2, dropout=0.1).items():
         with pytest.raises(train.RunError, match=f"{key} is "):
             run("--max_iters", 8, "--init_from", "resume", f"--{key}", value)
+    with pytest.raises(train.RunError, match="there are 2 processes but 1 in the checkpoint"):
+        train.Run(train.load_config([*TINY, "--init_from", "resume"]), torch.device("cpu"), 0, 2)
     run("--max_iters", 4, "--init_from", "resume")
     assert "already at step 4" in capsys.readouterr().out
     run("--max_iters", 6, "--learning_rate", 1e-4, "--init_from", "resume")
