@@ -693,9 +693,11 @@ def test_resume_does_not_go_back_behind_what_another_run_has_saved(folder):
 
 
 def test_resume_in_another_type(folder):
-    exact, half = (made(*STILL, "--dtype", dtype) for dtype in ("float32", "float16"))
+    exact, half, brain = (made(*STILL, "--dtype", dtype) for dtype in ("float32", "float16", "bfloat16"))
     half.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    assert half.train_step() == pytest.approx(exact.train_step(), rel=0.02)  # the norm is not of the scaled loss
+    expected, *steps = (this.train_step() for this in (exact, half, brain))
+    assert steps == [pytest.approx(expected, rel=0.02)] * 2  # the norm is not of the scaled loss
+    assert len({loss for loss, _, _ in (expected, *steps)}) == 3  # products are of the type asked for
     run("--max_iters", 2)
     for step, dtype in ((4, "float16"), (6, "bfloat16"), (8, "float16")):
         assert run("--max_iters", step, "--init_from", "resume", "--dtype", dtype).step == step
