@@ -378,7 +378,9 @@ def test_a_compiled_model_makes_no_gradients_of_its_state(folder):
 def test_every_kind_of_layer_stays_compiled(monkeypatch):
     """With boundaries and without, with a state and without, however many kinds of layers there are."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    model = GPT(GPTConfig(vocab_size=9, n_embd=[8, 16, 24, 32, 40], n_head=1, block_size=4))
+    model = GPT(GPTConfig(vocab_size=9, n_embd=[8, 8, 8, 16, 16, 16], n_head=1, block_size=4,
+                          attention_type=["standard", "mamba", "fractal"] * 2, fractal_count=1,
+                          fractal_depth_range=[2, 2]))
     idx, boundary = torch.zeros(2, 4, dtype=torch.long), torch.eye(2, 4).bool()
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
