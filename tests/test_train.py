@@ -316,7 +316,8 @@ def test_resume_is_bit_for_bit(folder, extra, two_threads):
     assert steps == sorted(steps) and Counter(steps) == {5: 1, 10: 2, 15: 1, 20: 2}
 
 
-LAYERS = ["--n_embd", "16,16", "--attention_type", "standard,mamba", "--compile", "layers"]
+LAYERS = ["--n_embd", "16,16,16", "--attention_type", "standard,mamba,fractal", "--fractal_depth_range", "1,1",
+          "--compile", "layers"]
 
 
 @pytest.mark.slow
