@@ -1147,8 +1147,8 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(folder, number):
 def test_a_run_that_nobody_listens_to_saves_and_ends(folder, monkeypatch):
     """Ctrl-C ends tee as well, and the bar and the losses of a `train.py | tee log` come to a closed pipe."""
     process = command("--max_iters", 100000, "--eval_interval", 1, "--checkpoint_interval", 100000)
-    while "step 1: val_loss" not in process.stdout.readline():
-        pass
+    while "step 1: val_loss" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
     process.stdout.close()
     assert process.wait(timeout=120) == 0
     step = int(re.search(r"stopped at step (\d+) of 100000, saved in checkpoints/", process.stderr.read())[1])
