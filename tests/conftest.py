@@ -14,6 +14,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that share a core with anothe
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def native_code(monkeypatch):
+    """A run says for its whole process whether native code may be compiled; tests after it must not depend on that."""
+    if kernels := sys.modules.get("kernels"):
+        monkeypatch.setattr(kernels, "COMPILE", kernels.COMPILE)
+
+
 @pytest.fixture
 def two_threads():
     """What threads share is to be right, also where each process of the tests has one of its own."""
