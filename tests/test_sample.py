@@ -97,10 +97,13 @@ def test_learned_positions_are_cropped_as_in_nanogpt(attention_type, T):
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
-def test_samples_share_a_prefill(position):
+def test_samples_share_a_prefill(position, monkeypatch):
     model, idx = make_model(["mamba", "standard", "fractal"], position=position), prompt_of(21, B=2)
     first, second = (tokens_of(model, row[None], 12, temperature=0)[0] for row in idx)
+    fed, prefill = [], sample.prefill
+    monkeypatch.setattr(sample, "prefill", lambda model, idx: fed.append(idx.shape) or prefill(model, idx))
     assert tokens_of(model, idx, 12, temperature=0, num_samples=3) == [first] * 3 + [second] * 3
+    assert fed == ([(2, 21)] if position == "rope" else [(2, 16), *[(6, 16)] * 11])  # then the table is full
     rows = tokens_of(model, idx[:1], 12, num_samples=3, generator=torch.Generator().manual_seed(1))
     assert len({tuple(row) for row in rows}) == 3  # draws of their own
 
