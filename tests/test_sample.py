@@ -256,14 +256,14 @@ def test_only_what_may_be_the_stop_text_is_held():
 
 def run(capsys, *argv):
     """stdout and stderr of a run that succeeds"""
-    main([str(arg) for arg in argv])
+    main(["--device", "cpu", *map(str, argv)])
     return capsys.readouterr()
 
 
 def error_of(capsys, *argv):
     """the one line of a run that fails"""
     with pytest.raises(SystemExit) as exit:
-        main([str(arg) for arg in argv])
+        main(["--device", "cpu", *map(str, argv)])
     out, err = capsys.readouterr()
     line = err.splitlines()[-1]
     assert exit.value.code == 2 and out == "" and line.startswith("error: ")
@@ -523,7 +523,7 @@ def test_unusable_models_and_files(capsys, hybrid, tmp_path):
     assert not output.exists()
     model.wte.weight.data[:200], model.wte.weight.data[200:] = math.nan, 0  # what comes after is, not the prompt
     with pytest.raises(SystemExit):
-        main(["--model_path", str(save(model, broken)), "--max_new_tokens", "99", "--seed", "1"])
+        main(["--device", "cpu", "--model_path", str(save(model, broken)), "--max_new_tokens", "99", "--seed", "1"])
     said = capsys.readouterr()
     assert said.out and said.err.endswith(f"error: {NOT_FINITE}\n")
     (tmp_path / "empty").touch()
@@ -536,7 +536,8 @@ def test_unusable_models_and_files(capsys, hybrid, tmp_path):
 @pytest.mark.parametrize("how", ["closed pipe", "Ctrl-C", "Ctrl-C, two samples"])
 def test_the_reader_may_leave(tmp_path, how):
     endless = save(spelling_model("abé☃".encode(), after_last=ord("a")), tmp_path / "m.pt")
-    command = [sys.executable, ROOT / "sample.py", "--model_path", endless, "--max_new_tokens", str(10**9)]
+    command = [sys.executable, ROOT / "sample.py", "--device", "cpu", "--model_path", endless, "--max_new_tokens",
+               str(10**9)]
     command += ["--num_samples", "2"] * ("two" in how)
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     process = subprocess.Popen(  # a shell that runs the tests in the background leaves them Ctrl-C ignored
