@@ -309,8 +309,10 @@ def assert_resume_is_exact(folder, step, *flags, start=run):
     ["--dropout", "0.1", "--token_noise", "0.1", "--ngram_orders", "2,3", "--ngram_dropout", "0.2"],
     ["--optimizer", "muon", "--gradient_accumulation_steps", "2"],
     ["--sequential", "false", "--position", "learned"],
-], ids=["adamw-noise", "muon-accumulation", "windows-learned"])
-def test_resume_is_bit_for_bit(folder, extra, two_threads):
+    pytest.param(["--compile", "true", "--n_embd", "32,32,32", "--qk_norm", "true"], marks=pytest.mark.slow),
+], ids=["adamw-noise", "muon-accumulation", "windows-learned", "native"])
+def test_resume_is_bit_for_bit(folder, extra, two_threads, monkeypatch):
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 1)
     assert_resume_is_exact(folder, 20, "--checkpoint_interval", 10, "--eval_interval", 5, *extra)
     steps = [m["step"] for m in map(json.loads, (folder / "checkpoints/metrics.jsonl").read_text().splitlines())]
     assert steps == sorted(steps) and Counter(steps) == {5: 1, 10: 2, 15: 1, 20: 2}
