@@ -615,6 +615,8 @@ def truncated(forward, *args, **kwargs):
 
 
 class Truncated(nn.Module):
+    """The whole model so, as a module, which is what DDP wraps."""
+
     def __init__(self, model: GPT):
         super().__init__()
         self.model = model
